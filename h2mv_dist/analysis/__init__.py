@@ -1,0 +1,1 @@
+"""From cubes and records to numbers, figures and a page."""

@@ -1,0 +1,1 @@
+"""Work on a cluster: the only place that imports dask."""

@@ -1,0 +1,1 @@
+"""The hybrid models: torch only; no dask, zarr or xarray."""

@@ -1,0 +1,101 @@
+"""What a model needs and gives (ModelSpec), and how its inputs are z-scored (Scaler)."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Names of a model's columns; the order of names is the order of columns.
+
+    Attributes:
+        name: registry name.
+        forcing: daily inputs.
+        targets: observed variables its loss needs.
+        state: what is carried from one day to the next.
+        daily: outputs [cell, time].
+        static: outputs [cell].
+        constants: outputs without axes.
+        anomalies: output -> the daily output whose deviation from its baseline mean it is.
+    """
+
+    name: str
+    forcing: tuple[str, ...]
+    targets: tuple[str, ...]
+    state: tuple[str, ...]
+    daily: tuple[str, ...]
+    static: tuple[str, ...]
+    constants: tuple[str, ...]
+    anomalies: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every output a cube can hold."""
+        return (*self.daily, *self.anomalies, *self.static, *self.constants)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and standard deviation, each [column]; float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def arrays(self) -> tuple[Float32Array, Float32Array]:
+        """Mean and std as arrays, each [column]."""
+        return np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaler:
+    """Statistics that z-score inputs and targets; fitted on training data only, kept in checkpoints."""
+
+    forcing: Moments
+    static: Moments
+    targets: Mapping[str, Moments]
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-able form."""
+        return {
+            "forcing": _as_dict(self.forcing),
+            "static": _as_dict(self.static),
+            "targets": {name: _as_dict(m) for name, m in self.targets.items()},
+        }
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Mapping[str, object]]) -> "Scaler":
+        """Inverse of :meth:`as_dict`."""
+        targets = {name: _from_dict(m) for name, m in record["targets"].items()}
+        return Scaler(_from_dict(record["forcing"]), _from_dict(record["static"]), targets)
+
+
+def moments(mean: NDArray[np.float64], std: NDArray[np.float64], names: tuple[str, ...]) -> Moments:
+    """Moments with zero spread scaled by 1, so that a constant feature does no harm.
+
+    >>> moments(np.zeros(1), np.ones(1), ("slope",))
+    Moments(mean=(0.0,), std=(1.0,))
+    """
+    constant = ~(std > 0)
+    if constant.any():
+        listed = ", ".join(name for name, c in zip(names, constant, strict=True) if c)
+        warnings.warn(f"no spread in {listed}: scaled by 1 instead", UserWarning, stacklevel=2)
+    safe = np.where(constant, 1.0, std).astype(np.float32)
+    centre = np.asarray(mean, np.float32)
+    return Moments(tuple(map(float, centre)), tuple(map(float, safe)))
+
+
+def _as_dict(m: Moments) -> dict[str, list[float]]:
+    return {"mean": list(m.mean), "std": list(m.std)}
+
+
+def _from_dict(record: object) -> Moments:
+    if not isinstance(record, Mapping):
+        raise TypeError(f"expected a mapping with mean and std, found {type(record).__name__}")
+    return Moments(tuple(record["mean"]), tuple(record["std"]))
