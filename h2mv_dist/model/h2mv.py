@@ -5,6 +5,7 @@ quantity is a column [cell, 1]; what does not depend on yesterday is computed fo
 what no later day needs is computed after it.
 """
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -66,6 +67,8 @@ SPEC: Final = ModelSpec(
 
 STATE_SCALE: Final = (100.0, 200.0, 200.0, 1.0)
 """What SWE, SM, GW and fAPAR are divided by before the network reads them."""
+GATE_DAYS: Final = 8
+"""Days whose known gates are computed in one product."""
 CAPACITY_OFFSET: Final = 100.0
 SNOWFALL_START: Final = 3.0
 BASEFLOW_START: Final = -6.0
@@ -192,11 +195,9 @@ class H2MV(ProcessModel):
     def forward(self, batch: Batch, state: State) -> Result:
         """Run every day of the batch, starting from ``state``."""
         encoding = self.fc_static((batch.static - self.static_mean) / self.static_std)
-        scaled = (batch.forcing - self.forcing_mean) / self.forcing_std
-        gates = self.lstm_fc.known_gates(scaled, encoding.condensed)
         capacity = functional.softplus(encoding.heads + CAPACITY_OFFSET) + 1.0
         weather = self._weather(batch.forcing)
-        days, last = self._run_days(gates, weather, capacity, state)
+        days, last = self._run_days(batch.forcing, encoding.condensed, weather, capacity, state)
         return Result(
             daily=_daily_outputs(days, weather, capacity),
             static={"soil_moisture_capacity": capacity.squeeze(1)},
@@ -215,14 +216,15 @@ class H2MV(ProcessModel):
         return Weather(energy, phase.snowfall, phase.rainfall, celsius.clamp(min=0.0))
 
     def _run_days(
-        self, gates: Tensor, weather: Weather, capacity: Tensor, state: State
+        self, forcing: Tensor, condensed: Tensor, weather: Weather, capacity: Tensor, state: State
     ) -> tuple[dict[str, Tensor], State]:
         *columns, hidden, cell = state
         stores, memory = Stores(*(c.unsqueeze(1) for c in columns)), Memory(hidden, cell)
         weight = self.lstm_fc.feedback_weight(self.state_scale)
         recession = self.beta_baseflow.sigmoid()
         history: list[tuple[Tensor, ...]] = []
-        for known, *today in zip(gates.unbind(0), *(w.split(1, dim=1) for w in weather), strict=True):
+        gates = self._known_gates(forcing, condensed)
+        for known, *today in zip(gates, *(w.split(1, dim=1) for w in weather), strict=True):
             memory = self.lstm_fc.step(known, stores, memory, weight)
             learned = _activate(self.lstm_fc.fc(memory.hidden))
             stores, fluxes = physics_day(stores, Weather(*today), learned, capacity, recession)
@@ -230,6 +232,12 @@ class H2MV(ProcessModel):
         names = (*Learned._fields[:-1], *Stores._fields, *Fluxes._fields)
         days = {name: torch.cat(c, dim=1) for name, c in zip(names, zip(*history, strict=True), strict=True)}
         return days, (*(s.squeeze(1) for s in stores), *memory)
+
+    def _known_gates(self, forcing: Tensor, condensed: Tensor) -> Iterator[Tensor]:
+        """Gates of one day after the other; computed for a few days at a time, so that they stay in cache."""
+        for block in forcing.split(GATE_DAYS, dim=1):
+            scaled = (block - self.forcing_mean) / self.forcing_std
+            yield from self.lstm_fc.known_gates(scaled, condensed).unbind(0)
 
 
 def _activate(heads: Tensor) -> Learned:

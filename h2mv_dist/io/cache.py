@@ -1,0 +1,282 @@
+"""The host's cache: every land cell of a source, unscaled, in memory-mapped files that processes share.
+
+Cells are numbered 0 .. n_land - 1, row-major over land. Files of one folder, named by what was read:
+``forcing`` [cell, time, var], ``static`` [cell, feature], ``target-NAME`` [cell, step], float32, in the units
+of :mod:`h2mv_dist.variables`; ``steps-NAME`` [step]; ``lat``, ``lon``, ``mask``, ``area``; ``meta.json``.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from h2mv_dist.config import StorageOptions, canonical_json
+from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.grid import BoolArray, Grid, IntArray, Period, Tile
+from h2mv_dist.io.layouts import Handle
+from h2mv_dist.io.source import Frequency, Source, StepAxis
+from h2mv_dist.io.stores import explained, put_object
+from h2mv_dist.spec import Float32Array
+
+_FORMAT: Final = 1
+_META: Final = "meta.json"
+_BOXES_AT_ONCE: Final = 4
+_BOX_BYTES: Final = 2**25
+"""What one box aims at in memory; a single chunk larger than this is still read whole."""
+
+_LOCAL: Final = StorageOptions()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """Observations of one target: its steps, and values [cell, step], NaN where there is none."""
+
+    axis: StepAxis
+    values: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StagedCells:
+    """Every land cell of a source, mapped into memory, read only.
+
+    Attributes:
+        path: the folder, from which any process of this host can open the same cells.
+        grid: the cells' grid; cell i is the i-th land cell, row-major.
+        period: days of the forcing.
+        forcing_names: columns of ``forcing``.
+        static_names: columns of ``static``.
+        forcing: [cell, time, var].
+        static: [cell, feature].
+        targets: variable -> observed series.
+    """
+
+    path: Path
+    grid: Grid
+    period: Period
+    forcing_names: tuple[str, ...]
+    static_names: tuple[str, ...]
+    forcing: Float32Array
+    static: Float32Array
+    targets: Mapping[str, Series]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of land cells."""
+        return int(self.forcing.shape[0])
+
+
+def default_cache() -> Path:
+    """The user's cache folder on this host."""
+    return Path(platformdirs.user_cache_dir("h2mv-dist"))
+
+
+def stage(source: Source, directory: Path) -> StagedCells:
+    """Write every land cell of ``source`` below ``directory``, unless that was done before.
+
+    Processes of one host wait for the one that is at it. Where locks do not work across processes all of them
+    stage, the first one's folder stays, and the others use it.
+
+    Raises:
+        DataError: forcing or static features are not finite on land.
+        StoreError: the source cannot be read, or there is no room below ``directory``.
+    """
+    final = directory / source.fingerprint()[:32]
+    with explained(str(directory), _LOCAL):
+        directory.mkdir(parents=True, exist_ok=True)
+        with _turn(directory / f".{final.name}.lock"):
+            if not (final / _META).exists():
+                _write_once(source, final)
+    return open_staged(final)
+
+
+def open_staged(path: Path) -> StagedCells:
+    """Open the folder that :func:`stage` wrote; nothing is read into memory but coordinates.
+
+    Raises:
+        StoreError: there is no complete folder of this version.
+    """
+    with explained(str(path), _LOCAL):
+        meta = json.loads((path / _META).read_text())
+        if meta["format"] != _FORMAT:
+            raise _other_format(path, meta["format"])
+        targets = {name: _open_series(path, name, frequency) for name, frequency in meta["targets"]}
+        return StagedCells(
+            path=path,
+            grid=Grid(tuple(meta["dims"]), *(_load(path, name) for name in ("lat", "lon", "mask", "area"))),
+            period=Period.parse(meta["period"]),
+            forcing_names=tuple(meta["forcing"]),
+            static_names=tuple(meta["static"]),
+            forcing=_load(path, "forcing", mapped=True),
+            static=_load(path, "static", mapped=True),
+            targets=MappingProxyType(targets),
+        )
+
+
+def _other_format(path: Path, found: object) -> StoreError:
+    return StoreError(
+        describe(
+            "the cache was written by another version",
+            where=str(path),
+            expected=f"format {_FORMAT}",
+            actual=f"format {found}",
+            fix="delete this folder",
+        )
+    )
+
+
+def _open_series(path: Path, name: str, frequency: Frequency) -> Series:
+    axis = StepAxis(_load(path, f"steps-{name}"), frequency)
+    return Series(axis, _load(path, f"target-{name}", mapped=True))
+
+
+def _load(path: Path, name: str, *, mapped: bool = False) -> NDArray[Any]:
+    values: NDArray[Any] = np.load(path / f"{name}.npy", mmap_mode="r" if mapped else None)
+    return values
+
+
+# -------------------- writing
+
+
+@contextmanager
+def _turn(lock: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process; without working locks, go on without."""
+    with lock.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_once(source: Source, final: Path) -> None:
+    """Fill a folder of our own and give it its name; whoever names it first has written the same."""
+    part = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+    part.mkdir()
+    try:
+        _write(source, part)
+        # a rename that fails because of anything else shows as soon as the folder is opened
+        with suppress(OSError):
+            part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(source: Source, folder: Path) -> None:
+    grid, n_cells = source.grid, source.grid.n_land
+    forcing = _create(folder, "forcing", (n_cells, source.period.n_days, len(source.forcing)))
+    static = _create(folder, "static", (n_cells, len(source.static)))
+    targets = {n: _create(folder, f"target-{n}", (n_cells, len(a))) for n, a in source.targets.items()}
+    _run_all(
+        [
+            *_static_boxes(source, static),
+            *_forcing_boxes(source, forcing),
+            *(box for name, values in targets.items() for box in _target_boxes(source, name, values)),
+        ]
+    )
+    for values in (forcing, static, *targets.values()):
+        values.flush()
+    for name, axis in source.targets.items():
+        np.save(folder / f"steps-{name}.npy", axis.days)
+    for name in ("lat", "lon", "mask", "area"):
+        np.save(folder / f"{name}.npy", getattr(grid, name))
+    put_object(str(folder / _META), canonical_json(_meta(source)).encode(), _LOCAL)
+
+
+def _meta(source: Source) -> dict[str, object]:
+    return {
+        "format": _FORMAT,
+        "dims": source.grid.dims,
+        "period": str(source.period),
+        "forcing": source.forcing,
+        "static": source.static,
+        "targets": [(name, axis.frequency) for name, axis in source.targets.items()],
+    }
+
+
+def _create(folder: Path, name: str, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
+    path = folder / f"{name}.npy"
+    values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if sys.platform == "linux":
+        # A full disk is an error here; met while writing through the map it would kill the process.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values
+
+
+def _run_all(boxes: Sequence[Callable[[], None]]) -> None:
+    """Do a few boxes at a time; the first failure stops those that have not begun."""
+    with ThreadPoolExecutor(_BOXES_AT_ONCE, "h2mv-stage") as pool:
+        try:
+            for done in as_completed([pool.submit(box) for box in boxes]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _forcing_boxes(source: Source, staged: Float32Array) -> Iterator[Callable[[], None]]:
+    bytes_a_step = 4 * len(source.forcing)
+    shape = _box_shape(source, source.arrays.forcing, bytes_a_step * source.period.n_days)
+    for tile in source.grid.land_tiles(shape):
+        for period in source.time_blocks(_BOX_BYTES // (bytes_a_step * prod(tile.shape))):
+            yield partial(_stage_forcing, source, tile, period, staged)
+
+
+def _target_boxes(source: Source, name: str, staged: Float32Array) -> Iterator[Callable[[], None]]:
+    handle, n_steps = source.arrays.targets[name].handle, len(source.targets[name])
+    shape = _box_shape(source, [handle], 4 * n_steps)
+    for tile in source.grid.land_tiles(shape):
+        for steps in handle.time_blocks(n_steps, _BOX_BYTES // (4 * prod(tile.shape))):
+            yield partial(_stage_target, source, name, tile, steps, staged)
+
+
+def _static_boxes(source: Source, staged: Float32Array) -> Iterator[Callable[[], None]]:
+    shape = _box_shape(source, source.arrays.static, 4 * len(source.static))
+    for tile in source.grid.land_tiles(shape):
+        yield partial(_stage_static, source, tile, staged)
+
+
+def _box_shape(source: Source, handles: Sequence[Handle], bytes_a_cell: int) -> tuple[int, ...]:
+    """Whole chunks, and as many of them along the last axis as fit the size a box aims at."""
+    *rows, columns = source.box_of_whole_chunks(handles)
+    fitting = _BOX_BYTES // (bytes_a_cell * prod(rows) * columns)
+    return (*rows, min(max(fitting, 1) * columns, source.grid.shape[-1]))
+
+
+def _stage_forcing(source: Source, tile: Tile, period: Period, staged: Float32Array) -> None:
+    values = source.read_forcing(tile, period)
+    land = source.grid.mask[tile.slices]
+    first = period.first - source.period.first
+    cells = _positions(source.grid, tile, land)
+    staged[cells, first : first + period.n_days] = np.swapaxes(values[:, land], 0, 1)
+
+
+def _stage_target(source: Source, name: str, tile: Tile, steps: slice, staged: Float32Array) -> None:
+    values = source.read_target(name, tile, steps)
+    land = source.grid.mask[tile.slices]
+    staged[_positions(source.grid, tile, land), steps] = values[:, land].T
+
+
+def _stage_static(source: Source, tile: Tile, staged: Float32Array) -> None:
+    land = source.grid.mask[tile.slices]
+    staged[_positions(source.grid, tile, land)] = source.read_static(tile)[land]
+
+
+def _positions(grid: Grid, tile: Tile, land: BoolArray) -> IntArray:
+    """Numbers of a tile's land cells among all land cells, [cell]."""
+    corners = np.meshgrid(*(np.arange(s.start, s.stop) for s in tile.slices), indexing="ij")
+    flat = np.ravel_multi_index(tuple(axis[land] for axis in corners), grid.shape)
+    return np.searchsorted(grid.land_index(), flat)

@@ -1,0 +1,266 @@
+"""Source: boxes of a data set as arrays, checked, in our units, each chunk read once for an aligned box.
+
+Forcing is [time, *tile, var], static features are [*tile, feature], targets [step, *tile]; float32. Several
+arrays, and several chunks of each, are fetched at once.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+
+from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
+from h2mv_dist.errors import DataError, describe
+from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
+from h2mv_dist.io.layouts import Arrays, Frequency, Handle, StepAxis, open_arrays
+from h2mv_dist.io.stores import content_fingerprint
+from h2mv_dist.spec import Float32Array, Moments, Scaler, moments
+
+__all__ = ["Frequency", "Source", "StepAxis", "open_source"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set that has been found and checked.
+
+    Attributes:
+        grid: its spatial axes, as stored.
+        period: days of the forcing that are used.
+        forcing: names of the columns of :meth:`read_forcing`.
+        static: names of the columns of :meth:`read_static`.
+        targets: observed variables and their steps, all wholly inside ``period``.
+        arrays: what is read.
+    """
+
+    grid: Grid
+    period: Period
+    forcing: tuple[str, ...]
+    static: tuple[str, ...]
+    targets: Mapping[str, StepAxis]
+    arrays: Arrays = field(repr=False)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Smallest box of cells that holds whole chunks (or shards) of every forcing variable."""
+        return self.box_of_whole_chunks(self.arrays.forcing)
+
+    def box_of_whole_chunks(self, handles: Sequence[Handle]) -> tuple[int, ...]:
+        """Smallest box of cells, no larger than the grid, that holds whole chunks of each array."""
+        n_axes = len(self.grid.shape)
+        # only the feature axis of a static array comes after the spatial ones
+        spatial = (h.chunks[len(h.dims) - n_axes - h.has_features :][:n_axes] for h in handles)
+        return tuple(
+            min(math.lcm(*sizes), n)
+            for sizes, n in zip(zip(*spatial, strict=True), self.grid.shape, strict=True)
+        )
+
+    def time_blocks(self, n_days: int) -> Iterator[Period]:
+        """Cut the period into blocks of about ``n_days`` that start where chunks in time start."""
+        for days in self.arrays.forcing[0].time_blocks(self.period.n_days, n_days):
+            yield Period(as_date(self.period.first + days.start), as_date(self.period.first + days.stop))
+
+    def read_forcing(self, tile: Tile, period: Period) -> Float32Array:
+        """Forcing of a tile, [time, *tile.shape, var]; sea may hold anything.
+
+        Raises:
+            DataError: the tile or period is not part of this source, or a land cell has no finite value.
+            StoreError: the store cannot be read.
+        """
+        self._check_tile(tile)
+        days = self._days(period)
+        values = np.empty((period.n_days, *tile.shape, len(self.forcing)), np.float32)
+        for column, part in enumerate(_read_all(self.arrays.forcing, (days, *tile.slices))):
+            values[..., column] = part
+            self._check_forcing(self.forcing[column], part, tile, period)
+        return values
+
+    def read_static(self, tile: Tile) -> Float32Array:
+        """Static features of a tile, [*tile.shape, feature]; sea may hold anything.
+
+        Raises:
+            DataError: the tile is not part of this source, or a land cell has no finite value.
+            StoreError: the store cannot be read.
+        """
+        self._check_tile(tile)
+        parts = _read_all(self.arrays.static, tile.slices)
+        values = np.concatenate([part.reshape(*tile.shape, -1) for part in parts], axis=-1)
+        bad = ~np.isfinite(values) & self.grid.mask[tile.slices][..., None]
+        if bad.any():
+            raise self._static_error(bad, tile)
+        return values
+
+    def read_targets(self, tile: Tile) -> Mapping[str, Float32Array]:
+        """Observations of a tile, variable -> [step, *tile.shape]; NaN where there is none.
+
+        Raises:
+            DataError: the tile is not part of this source, or an observation is infinite.
+            StoreError: the store cannot be read.
+        """
+        self._check_tile(tile)
+        handles = [target.handle for target in self.arrays.targets.values()]
+        parts = _read_all(handles, (slice(None), *tile.slices))
+        for name, part in zip(self.targets, parts, strict=True):
+            self._check_target(name, part, tile)
+        return MappingProxyType(dict(zip(self.targets, parts, strict=True)))
+
+    def read_target(self, name: str, tile: Tile, steps: slice) -> Float32Array:
+        """Some steps of one target, [step, *tile.shape]; otherwise as :meth:`read_targets`."""
+        self._check_tile(tile)
+        values = self.arrays.targets[name].handle.read(steps, *tile.slices)
+        self._check_target(name, values, tile)
+        return values
+
+    def published_scaler(self) -> Scaler:
+        """The statistics published with the data.
+
+        Raises:
+            DataError: the data set has none for one of its arrays.
+        """
+        static = [self._statistics(handle.name) for handle in self.arrays.static]
+        return Scaler(
+            _joined([self._statistics(name) for name in self.forcing]),
+            _joined(static),
+            {name: self._statistics(name) for name in self.targets},
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is read: the objects of every array, and how they are turned into ours."""
+        handles = [
+            *self.arrays.forcing,
+            *self.arrays.static,
+            *(t.handle for t in self.arrays.targets.values()),
+        ]
+        places: dict[str, set[str]] = {}
+        for handle in handles:
+            places.setdefault(handle.url, set()).update(handle.paths)
+        options = handles[0].options
+        contents = [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+        meaning = {
+            "period": str(self.period),
+            "columns": [self.forcing, self.static, tuple(self.targets)],
+            "conversions": [list(handle.conversion) for handle in handles],
+            "mask": hashlib.sha256(np.packbits(self.grid.mask).tobytes()).hexdigest(),
+        }
+        return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
+
+    def _check_tile(self, tile: Tile) -> None:
+        inside = len(tile.stop) == len(self.grid.shape) and all(
+            0 <= start < stop <= size
+            for start, stop, size in zip(tile.start, tile.stop, self.grid.shape, strict=True)
+        )
+        if not inside:
+            raise DataError(f"tile {tile.name} is not part of a grid of shape {self.grid.shape}")
+
+    def _days(self, period: Period) -> slice:
+        if not self.period.contains(period):
+            raise DataError(f"{period} is not part of the days that are used, {self.period}")
+        first = period.first - self.period.first
+        return slice(first, first + period.n_days)
+
+    def _check_forcing(self, name: str, values: Float32Array, tile: Tile, period: Period) -> None:
+        bad = ~np.isfinite(values) & self.grid.mask[tile.slices]
+        if not bad.any():
+            return
+        step, *cell = (int(i) for i in np.argwhere(bad)[0])
+        count, cells = int(bad.sum()), int(bad.any(axis=0).sum())
+        raise DataError(
+            describe(
+                f"{name} is not finite on land",
+                where=f"first at {self._place(tile, cell)} on {as_date(period.first + step)}",
+                expected="a finite value on every land cell and day",
+                actual=f"{count} values that are not, in {cells} cells of tile {tile.name}",
+                fix="fill the gaps, or take the cells out of the mask",
+            )
+        )
+
+    def _check_target(self, name: str, values: Float32Array, tile: Tile) -> None:
+        bad = np.isinf(values) & self.grid.mask[tile.slices]
+        if bad.any():
+            _, *cell = (int(i) for i in np.argwhere(bad)[0])
+            raise DataError(
+                describe(
+                    f"{name} holds infinite observations",
+                    where=f"first at {self._place(tile, cell)}",
+                    expected="a number, or NaN where nothing was observed",
+                    actual=f"{int(bad.sum())} infinite values in tile {tile.name}",
+                    fix="write NaN instead",
+                )
+            )
+
+    def _static_error(self, bad: BoolArray, tile: Tile) -> DataError:
+        *cell, feature = (int(i) for i in np.argwhere(bad)[0])
+        return DataError(
+            describe(
+                f"static feature {self.static[feature]} is not finite on land",
+                where=f"first at {self._place(tile, cell)}",
+                expected="a finite value on every land cell",
+                actual=f"{int(bad.sum())} values that are not, in {int(bad.any(axis=-1).sum())} cells",
+                fix="fill the gaps, or take the cells out of the mask",
+            )
+        )
+
+    def _place(self, tile: Tile, cell: list[int]) -> str:
+        """Where a cell of a tile is, for messages."""
+        position = [start + offset for start, offset in zip(tile.start, cell, strict=True)]
+        lat, lon = self.grid.lat[position[0]], self.grid.lon[position[-1]]
+        return f"lat {lat:g}, lon {lon:g}"
+
+    def _statistics(self, name: str) -> Moments:
+        if name not in self.arrays.statistics:
+            raise DataError(
+                describe(
+                    "the data set publishes no statistics",
+                    where=name,
+                    expected="attributes mean and std on the variable's group (published layout)",
+                    actual="none",
+                    fix='set training.scaler = "fit"',
+                )
+            )
+        mean, std = self.arrays.statistics[name]
+        return moments(mean, std, tuple(f"{name}[{i}]" for i in range(mean.size)))
+
+
+def open_source(
+    data: DataSettings, *, forcing: tuple[str, ...], targets: tuple[str, ...], options: StorageOptions
+) -> Source:
+    """Find and check a data set; values are read later, box by box.
+
+    Args:
+        data: where it is and how it is laid out.
+        forcing: daily inputs, in column order.
+        targets: observed variables; none for inference.
+        options: credentials of its stores.
+
+    Raises:
+        ConfigError: a setting names an unknown variable.
+        DataError: something is missing or is not on the axes and in the units it should have.
+        StoreError: a store cannot be reached or read.
+    """
+    arrays = open_arrays(data, forcing=forcing, targets=targets, options=options)
+    return Source(
+        grid=arrays.grid,
+        period=arrays.period,
+        forcing=forcing,
+        static=tuple(column for handle in arrays.static for column in handle.columns),
+        targets=MappingProxyType({name: target.axis for name, target in arrays.targets.items()}),
+        arrays=arrays,
+    )
+
+
+def _read_all(handles: Sequence[Handle], box: tuple[slice, ...]) -> list[Float32Array]:
+    """Read the same box of several arrays at once."""
+    if not handles:
+        return []
+    with ThreadPoolExecutor(len(handles), "h2mv-read") as pool:
+        return list(pool.map(lambda handle: handle.read(*box), handles))
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    return Moments(
+        tuple(value for part in parts for value in part.mean),
+        tuple(value for part in parts for value in part.std),
+    )

@@ -1,0 +1,80 @@
+"""A handle on a submitted job: status, wait, cancel."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from distributed import Client
+
+from h2mv_dist.errors import JobError
+from h2mv_dist.jobs.messages import Job
+
+POLL_SECONDS: Final = 0.5
+
+Watcher = Callable[[Mapping[str, Any]], None]
+"""Called with the job's status (see ``Job.status``) again and again while it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobHandle:
+    """A job on a scheduler; it goes on when the client leaves, as long as the scheduler lives."""
+
+    id: str
+    client: Client
+
+    def status(self) -> dict[str, Any]:
+        """State of every unit.
+
+        Raises:
+            JobError: the scheduler does not know the job.
+        """
+        status: dict[str, Any] | None = self._call("h2mv_status")
+        if status is None:
+            address = self.client.scheduler.address
+            raise JobError(f"job {self.id} is not known to {address}; was the scheduler restarted?")
+        return status
+
+    def cancel(self) -> None:
+        """Stop the job's units and free their workers."""
+        self._call("h2mv_cancel")
+
+    def wait(self, watch: Watcher | None = None) -> dict[str, Any]:
+        """Wait until nothing more will happen; returns the last status.
+
+        Raises:
+            JobError: a unit failed, with the error of the rank itself; other units were still finished.
+        """
+        while True:
+            status = self.status()
+            if watch is not None:
+                watch(status)
+            if status["finished"]:
+                break
+            time.sleep(POLL_SECONDS)
+        _raise_failures(status)
+        return status
+
+    def _call(self, handler: str) -> Any:
+        return self.client.sync(getattr(self.client.scheduler, handler), job=self.id)
+
+
+def submit(client: Client, job: Job) -> JobHandle:
+    """Hand a job to the coordinator.
+
+    Raises:
+        JobError: a job of this name is running.
+    """
+    refusal = client.sync(client.scheduler.h2mv_submit, job=job.message())
+    if refusal:
+        raise JobError(f"{refusal}; wait for it, or cancel it first")
+    return JobHandle(job.id, client)
+
+
+def _raise_failures(status: Mapping[str, Any]) -> None:
+    failed = [unit for unit in status["units"] if unit["state"] == "failed"]
+    if failed:
+        errors = "\n".join(f"{u['name']} (attempt {u['attempt']}): {u['error']}" for u in failed)
+        raise JobError(f"{len(failed)} of {len(status['units'])} units of {status['id']} failed\n{errors}")
+    if status["cancelled"]:
+        raise JobError(f"job {status['id']} was cancelled")

@@ -1,0 +1,137 @@
+"""What travels between client, scheduler and workers: jobs and their units, as plain dictionaries."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
+TaskKind = Literal["fold", "tile", "finish"]
+
+
+@dataclass(slots=True)
+class Unit:
+    """One piece of a job that runs on a gang of workers: a fold, a tile, or the end of a cube.
+
+    Attributes:
+        name: unique in its job.
+        task: what the ranks do.
+        spec: JSON-able arguments.
+        ranks: gang size.
+        attempts: how often it may be started.
+    """
+
+    name: str
+    task: TaskKind
+    spec: Mapping[str, Any]
+    ranks: int = 1
+    attempts: int = 3
+    state: UnitState = "queued"
+    attempt: int = 0
+    workers: tuple[str, ...] = ()
+    error: str = ""
+    latest: Mapping[str, Any] = field(default_factory=dict)
+    result: Any = None
+
+    @property
+    def ranks_meet(self) -> bool:
+        """Whether the ranks talk to each other and so need a place to meet."""
+        return self.task == "fold"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in ("done", "failed", "cancelled")
+
+    def start(self, workers: tuple[str, ...]) -> None:
+        """Begin a new attempt on these workers."""
+        self.attempt += 1
+        self.state, self.workers, self.error = "running", workers, ""
+
+    def message(self) -> dict[str, Any]:
+        """What a client sends."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "spec": dict(self.spec),
+            "ranks": self.ranks,
+            "attempts": self.attempts,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """What a client is told."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "attempt": self.attempt,
+            "workers": list(self.workers),
+            "error": self.error,
+            "latest": dict(self.latest),
+        }
+
+
+@dataclass(slots=True)
+class Job:
+    """Units that belong together.
+
+    Attributes:
+        id: unique on a scheduler.
+        common: JSON-able arguments that all units share; may hold credentials, so it is never shown.
+        units: what can run in any order.
+        final: runs once all units are done.
+    """
+
+    id: str
+    common: Mapping[str, Any] = field(repr=False)
+    units: tuple[Unit, ...]
+    final: Unit | None = None
+    cancelled: bool = False
+
+    def all_units(self) -> Iterator[Unit]:
+        """The units, then the final one."""
+        yield from self.units
+        if self.final is not None:
+            yield self.final
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen."""
+        return all(unit.ended for unit in self.all_units())
+
+    def report(self, message: Mapping[str, Any]) -> None:
+        """Keep the latest report of a unit."""
+        for unit in self.all_units():
+            if unit.name == message.get("unit"):
+                unit.latest = {**unit.latest, **message}
+
+    def task_message(self, unit: Unit) -> dict[str, Any]:
+        """What a rank of the unit is given."""
+        return {"job": self.id, "unit": unit.name, "task": unit.task, **self.common, **unit.spec}
+
+    def message(self) -> dict[str, Any]:
+        """What a client sends to the scheduler."""
+        return {
+            "id": self.id,
+            "common": dict(self.common),
+            "units": [unit.message() for unit in self.units],
+            "final": self.final.message() if self.final is not None else None,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """What a client is told."""
+        return {
+            "id": self.id,
+            "finished": self.finished,
+            "cancelled": self.cancelled,
+            "units": [unit.status() for unit in self.all_units()],
+        }
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> "Job":
+        """Inverse of :meth:`message`."""
+        final = message["final"]
+        return Job(
+            id=message["id"],
+            common=message["common"],
+            units=tuple(Unit(**unit) for unit in message["units"]),
+            final=Unit(**final, state="waiting") if final is not None else None,
+        )

@@ -1,0 +1,111 @@
+"""What a worker is asked to do; imported by the scheduler too, so nothing heavy is imported here."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlparse
+
+from distributed import get_worker
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+TOPIC: Final = "h2mv"
+"""Dask topic of all reports."""
+
+
+class Message(Mapping[str, Any]):
+    """Arguments of a task; never shown, because Dask logs the arguments of failed tasks."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return f"Message(job={self['job']!r}, unit={self['unit']!r})"
+
+
+class Place(NamedTuple):
+    """Which rank of which gang a task is.
+
+    Attributes:
+        gang: unique name of the attempt.
+        rank: 0 ... world - 1.
+        world: number of ranks.
+        attempt: 1 for the first.
+        rendezvous: (host, port) where the ranks meet, if they do.
+    """
+
+    gang: str
+    rank: int
+    world: int
+    attempt: int
+    rendezvous: tuple[str, int] | None
+
+
+class RankError(Exception):
+    """A rank ended with an error; ``retry`` says whether another attempt could help."""
+
+    def __init__(self, reason: str, retry: bool) -> None:
+        super().__init__(reason, retry)
+        self.reason = reason
+        self.retry = retry
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def run_unit(message: Message, place: Place) -> Any:
+    """Entry point of every task of a gang, on a worker."""
+    if message["task"] == "fold":
+        from h2mv_dist.jobs.supervisor import supervise_rank
+
+        return supervise_rank(message, place)
+    from h2mv_dist.jobs.tiles import run_tile_unit
+
+    return run_tile_unit(message)
+
+
+def report(message: Mapping[str, Any], **content: Any) -> None:
+    """Tell whoever watches the job; costs a fraction of a millisecond."""
+    get_worker().log_event(TOPIC, {"job": message["job"], "unit": message["unit"], **content})
+
+
+_open_stores: dict[str, "TCPStore"] = {}
+
+
+def open_rendezvous(gang: str) -> tuple[str, int]:
+    """Listen on this worker's own interface only, on any free port; answers (host, port)."""
+    import socket
+
+    from torch.distributed import TCPStore
+
+    host = worker_host()
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen()
+    port = int(listener.getsockname()[1])
+    # torch takes over the file descriptor, so there is no moment at which the port is free
+    _open_stores[gang] = TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return host, port
+
+
+def close_rendezvous(gang: str) -> None:
+    """Stop listening, if this worker did."""
+    _open_stores.pop(gang, None)
+
+
+def worker_host() -> str:
+    """The host part of this worker's own address."""
+    host = urlparse(get_worker().address).hostname
+    assert host is not None, "a Dask worker that runs tasks always has an address"
+    return host

@@ -1,0 +1,213 @@
+"""Staging: what is in the cache, how often a chunk is read, and what concurrent or failing writers leave."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from h2mv_dist.config import DataSettings, StorageOptions
+from h2mv_dist.errors import DataError, StoreError
+from h2mv_dist.grid import Tile
+from h2mv_dist.io import cache
+from h2mv_dist.io.cache import StagedCells, default_cache, open_staged, stage
+from h2mv_dist.io.source import Source, open_source
+from tests.conftest import Place
+from tests.io.test_layouts import (
+    FORCING,
+    LAND,
+    N_DAYS,
+    Stored,
+    basins,
+    cf,
+    open_basins,
+    open_cf,
+    published,
+    whole,
+    write,
+)
+from tests.io.test_source import TARGETS, chunk_reads, counting, forget_reads, open_published
+
+__all__ = ["counting"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    place = Place(str(tmp_path / "world"), StorageOptions())
+    arrays, attributes = published()
+    write(place, arrays, attributes=attributes, zarr_format=2)
+    return open_published(place)
+
+
+def check(staged: StagedCells, source: Source) -> None:
+    """Everything staged equals what the source reads."""
+    tile, mask = whole(source), source.grid.mask
+    forcing = source.read_forcing(tile, source.period)
+    np.testing.assert_array_equal(staged.forcing, np.swapaxes(forcing[:, mask], 0, 1))
+    np.testing.assert_array_equal(staged.static, source.read_static(tile)[mask])
+    for name, values in source.read_targets(tile).items():
+        np.testing.assert_array_equal(staged.targets[name].values, values[:, mask].T)
+        np.testing.assert_array_equal(staged.targets[name].axis.days, source.targets[name].days)
+        assert staged.targets[name].axis.frequency == source.targets[name].frequency
+    assert (staged.forcing_names, staged.static_names) == (source.forcing, source.static)
+    assert tuple(staged.targets) == tuple(source.targets)
+    assert staged.period == source.period
+    assert staged.n_cells == source.grid.n_land
+    assert staged.grid.same_cells(source.grid)
+    np.testing.assert_array_equal(staged.grid.mask, mask)
+    np.testing.assert_array_equal(staged.grid.area, source.grid.area)
+
+
+def test_every_land_cell_is_staged_unscaled(source: Source, tmp_path: Path) -> None:
+    staged = stage(source, tmp_path / "cache")
+    check(staged, source)
+    check(open_staged(staged.path), source)
+    assert staged.forcing.shape == (LAND.sum(), N_DAYS, 3)
+
+
+def test_staged_cells_are_mapped_and_read_only(source: Source, tmp_path: Path) -> None:
+    staged = stage(source, tmp_path / "cache")
+    assert isinstance(staged.forcing, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        staged.forcing[0, 0, 0] = 1
+
+
+def test_small_boxes_stage_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes of one chunk in space and in time, instead of the whole world at once."""
+    monkeypatch.setattr(cache, "_BOX_BYTES", 1)
+    check(stage(source, tmp_path / "cache"), source)
+
+
+def test_basins_are_staged_along_their_one_axis(tmp_path: Path) -> None:
+    source = open_basins(Place(str(tmp_path / "world"), StorageOptions()), None)
+    staged = stage(source, tmp_path / "cache")
+    check(staged, source)
+    np.testing.assert_array_equal(
+        staged.forcing[..., 0], basins(None)["precipitation"].values.astype(np.float32)
+    )
+
+
+def test_each_chunk_is_read_once_however_the_arrays_are_chunked(counting: Place, tmp_path: Path) -> None:
+    arrays, _ = published()
+    arrays["rn/data"].chunks = (10, 4, 6)  # maps
+    arrays["swe/data"].chunks = (N_DAYS, 1, 2)  # series
+    arrays["et/data"].chunks = (1, 3, 4)
+    write(counting, arrays)
+    source = open_published(counting)
+    forget_reads()
+    stage(source, tmp_path)
+    for group, chunks in {"rn": 8, "prec": 8, "swe": 12, "et": 8}.items():
+        counts = chunk_reads(group)
+        assert set(counts.values()) == {1}, group
+        assert len(counts) == chunks, group
+
+
+def test_a_second_stage_reads_nothing(counting: Place, tmp_path: Path) -> None:
+    write(counting, published()[0])
+    source = open_published(counting)
+    first = stage(source, tmp_path)
+    forget_reads()
+    assert stage(source, tmp_path).path == first.path
+    assert not chunk_reads("rn")
+
+
+def test_another_period_or_other_names_get_a_folder_of_their_own(source: Source, tmp_path: Path) -> None:
+    url = source.arrays.forcing[0].url
+    fewer = open_source(DataSettings(url=url), forcing=FORCING[:2], targets=TARGETS, options=StorageOptions())
+    paths = {stage(s, tmp_path / "cache").path for s in (source, fewer)}
+    assert len(paths) == 2
+
+
+def test_processes_that_stage_at_once_agree(source: Source, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from h2mv_dist.config import DataSettings, StorageOptions\n"
+        "from h2mv_dist.io.cache import stage; from h2mv_dist.io.source import open_source\n"
+        f"s = open_source(DataSettings(url=sys.argv[1]), forcing={FORCING}, targets={TARGETS}, "
+        "options=StorageOptions())\n"
+        "print(stage(s, Path(sys.argv[2])).path)\n"
+    )
+    command = [sys.executable, "-c", program, source.arrays.forcing[0].url, str(tmp_path / "cache")]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {run.communicate(timeout=60)[0].strip() for run in runs}
+    assert all(run.returncode == 0 for run in runs)
+    assert len(printed) == 1
+    check(open_staged(Path(printed.pop())), source)
+
+
+def test_without_locks_the_first_folder_stays(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems refuse locks; then all stage and one wins the name."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    staged: list[StagedCells] = []
+    threads = [
+        threading.Thread(target=lambda: staged.append(stage(source, tmp_path / "cache"))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({s.path for s in staged}) == 1
+    assert len(staged) == 4
+    for s in staged:
+        check(s, source)
+    assert left_overs(tmp_path / "cache") == []
+
+
+def left_overs(directory: Path) -> list[str]:
+    """Unfinished folders."""
+    return [name for name in os.listdir(directory) if name.startswith(".") and not name.endswith(".lock")]
+
+
+def test_a_failed_stage_leaves_no_folder(tmp_path: Path) -> None:
+    arrays = cf()
+    arrays["precipitation"].values[5, LAND] = np.nan
+    source = open_cf(Place(str(tmp_path / "world"), StorageOptions()), arrays)
+    with pytest.raises(DataError, match="precipitation is not finite"):
+        stage(source, tmp_path / "cache")
+    assert [n for n in os.listdir(tmp_path / "cache") if not n.endswith(".lock")] == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="the store failed") as caught:
+        stage(source, tmp_path / "file")
+    assert str(tmp_path / "file") in str(caught.value)
+
+
+def test_opening_what_was_never_staged_or_by_another_version(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nothing is stored there"):
+        open_staged(tmp_path / "never")
+    path = stage(source, tmp_path / "cache").path
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**meta, "format": 0}))
+    with pytest.raises(StoreError, match=r"another version(.|\n)*delete this folder"):
+        open_staged(path)
+
+
+def test_cell_numbers_are_row_major_over_land(tmp_path: Path) -> None:
+    arrays = cf()
+    extra = Stored(arrays["precipitation"].values + 1, ("time", "lat", "lon"), {"units": "mm d-1"})
+    source = open_cf(
+        Place(str(tmp_path / "w"), StorageOptions()), {**arrays, "runoff": extra}, targets=("runoff",)
+    )
+    staged = stage(source, tmp_path / "cache")
+    rain = staged.forcing[..., 1]
+    np.testing.assert_array_equal(staged.targets["runoff"].values, rain + 1)
+    for cell, (row, column) in enumerate(np.argwhere(LAND)):
+        one = source.read_forcing(Tile((row, column), (row + 1, column + 1)), source.period)
+        np.testing.assert_array_equal(rain[cell], one[:, 0, 0, 1])
+
+
+def test_the_default_cache_is_the_users() -> None:
+    assert default_cache().is_absolute()
+    assert default_cache().name == "h2mv-dist"

@@ -1,0 +1,61 @@
+"""A tiny world and real Dask workers for the job tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, validate
+from h2mv_dist.jobs.cluster import connect
+from h2mv_dist.jobs.worlds import make_world
+
+NO_OPTIONS = StorageOptions()
+
+
+@pytest.fixture(scope="session")
+def world_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """141 land cells, one year."""
+    url = str(tmp_path_factory.mktemp("world") / "world.zarr")
+    make_world(url, resolution=10.0, years=1, seed=3, options=NO_OPTIONS)
+    return url
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """Four worker processes."""
+    with connect(ClusterSettings(workers=4)) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> Settings:
+    """A small model and few epochs; ``sections`` override."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"url": world_url},
+        "folds": {"block": 2},
+        "model": {"hidden": 8, "encoder": 12, "condensed": 4},
+        "training": {
+            "folds": [0],
+            "epochs": 2,
+            "batch_size": 50,
+            "spinup_days": 30,
+            "cache": str(cache),
+        },
+        "inference": {
+            "tile": [6, 12],
+            "shard": [6, 12],
+            "chunk": [3, 6],
+            "shard_days": 120,
+            "chunk_days": 40,
+            "spinup_days": 60,
+        },
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return validate(tree, where="test")

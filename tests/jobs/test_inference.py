@@ -1,0 +1,231 @@
+"""Global inference on real worker processes: tiles, restart, refusals."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from distributed import Client
+
+from h2mv_dist.config import Settings
+from h2mv_dist.errors import CheckpointError, ConfigError, StoreError
+from h2mv_dist.io.ledger import Ledger, ledger_url
+from h2mv_dist.jobs.inference import plan, submit_inference
+from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.training import submit_training
+from h2mv_dist.model.base import Batch
+from h2mv_dist.model.rollout import spin_up
+from tests.jobs.conftest import NO_OPTIONS, small_settings
+
+
+@pytest.fixture(scope="module")
+def job(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two trained folds."""
+    folder = str(tmp_path_factory.mktemp("job"))
+    settings = small_settings(world_url, cache, training={"folds": [0, 1]})
+    submit_training(client, settings, folder, NO_OPTIONS).wait()
+    return folder
+
+
+def infer(client: Client, settings: Settings, job: str, cube: Path) -> None:
+    handle = submit_inference(client, settings, job, str(cube), NO_OPTIONS)
+    assert handle is not None
+    handle.wait()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_the_cube_opens_with_plain_xarray_and_is_complete(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    settings = small_settings(world_url, cache)
+    infer(client, settings, job, tmp_path / "cube.zarr")
+    with xr.open_zarr(tmp_path / "cube.zarr") as cube:
+        land = cube["land_mask"].values.astype(bool)
+        for name in ("runoff", "runoff_spread", "terrestrial_water_storage_anomaly"):
+            values = cube[name].values
+            assert values.shape == (365, 18, 36)
+            assert np.isfinite(values[:, land]).all()
+            assert np.isnan(values[:, ~land]).all()
+        assert np.isfinite(cube["soil_moisture_capacity"].values[land]).all()
+        assert 0 < float(cube["snowfall_correction"]) < 1
+        anomaly = cube["terrestrial_water_storage_anomaly"].values[:, land]
+        assert np.abs(anomaly.mean(axis=0)).max() < 1e-2
+        assert cube["time"].values[0] == np.datetime64("2001-01-01")
+    assert submit_inference(client, settings, job, str(tmp_path / "cube.zarr"), NO_OPTIONS) is None
+
+
+def test_tiled_and_blocked_equal_one_piece(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    settings = small_settings(world_url, cache, inference={"members": "all"})
+    infer(client, settings, job, tmp_path / "cube.zarr")
+    planned = plan(settings, job, NO_OPTIONS)
+    whole = planned.source.grid.tiles(planned.source.grid.shape)[0]
+    land = planned.source.grid.mask
+    forcing = planned.source.read_forcing(whole, planned.period)[:, land].swapaxes(0, 1)
+    batch = Batch(
+        torch.from_numpy(forcing.copy()), torch.from_numpy(planned.source.read_static(whole)[land]), {}
+    )
+    with xr.open_zarr(tmp_path / "cube.zarr") as cube:
+        for member, checkpoint in enumerate(planned.checkpoints):
+            model = checkpoint.build_model()
+            with torch.no_grad():
+                daily = model(batch, spin_up(model, batch, 60)).daily
+            for name, expected in daily.items():
+                ours = cube[name].values[member][:, land].T
+                scale = max(float(expected.abs().max()), 1e-6)
+                assert np.abs(ours - expected.numpy()).max() <= 1e-5 * scale + 1e-5, name
+
+
+def test_members_give_mean_and_spread(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    for members in ("all", "spread"):
+        chosen = {"members": members, "outputs": ["runoff", "soil_moisture_capacity"]}
+        infer(client, small_settings(world_url, cache, inference=chosen), job, tmp_path / members)
+    with xr.open_zarr(tmp_path / "all") as every, xr.open_zarr(tmp_path / "spread") as spread:
+        assert every["member"].values.tolist() == [0, 1]
+        for name in chosen["outputs"]:
+            mean = every[name].mean("member", skipna=False)
+            np.testing.assert_allclose(spread[name], mean, rtol=1e-5)
+            std = every[name].std("member", skipna=False)
+            np.testing.assert_allclose(spread[f"{name}_spread"], std, rtol=1e-3, atol=1e-6)
+
+
+def test_a_killed_client_loses_nothing(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    fine = {"tile": [3, 6], "shard": [3, 6], "chunk": [3, 6], "outputs": ["runoff", "soil_moisture"]}
+    settings = small_settings(world_url, cache, inference=fine)
+    infer(client, settings, job, tmp_path / "undisturbed.zarr")
+    cube = tmp_path / "cube.zarr"
+    total = len(contents(Path(ledger_url(str(tmp_path / "undisturbed.zarr")))))
+    _run_and_kill(settings, job, cube)
+    done = set(Ledger(str(cube), NO_OPTIONS).receipts())
+    assert 0 < len(done) < total
+    kept = {name: contents(Path(ledger_url(str(cube))))[f"{name}.json"] for name in done}
+    infer(client, settings, job, cube)
+    receipts = contents(Path(ledger_url(str(cube))))
+    assert {name: receipts[f"{name}.json"] for name in done} == kept, "finished tiles were not redone"
+    assert contents(cube) == contents(tmp_path / "undisturbed.zarr")
+
+
+def _run_and_kill(settings: Settings, job: str, cube: Path) -> None:
+    """Start ``h2mv-dist infer`` with its own cluster, and kill it when a few tiles are done."""
+    file = cube.parent / "settings.toml"
+    file.write_text(_toml(settings))
+    command = [sys.executable, "-m", "h2mv_dist.cli", "infer", str(file), "--job", job, "--cube", str(cube)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    ledger = Path(ledger_url(str(cube)))
+    deadline = time.monotonic() + 120
+    while len(list(ledger.glob("*.json"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _wait_until_quiet(process.pid)
+
+
+def _wait_until_quiet(session: int) -> None:
+    """Workers end by themselves once their scheduler is gone."""
+    deadline = time.monotonic() + 60
+    while _members(session):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _members(session: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _toml(settings: Settings) -> str:
+    lines = []
+    for section, values in settings.model_dump(mode="json", exclude_none=True).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_value(value)}" for key, value in values.items() if value not in ({}, None)]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_another_checkpoint_or_geometry_is_refused_and_nothing_touched(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    cube = tmp_path / "cube.zarr"
+    small = {"outputs": ["runoff"], "folds": [0]}
+    infer(client, small_settings(world_url, cache, inference=small), job, cube)
+    before = contents(tmp_path)
+    for change in ({"folds": [1]}, {"tile": [9, 12], "shard": [9, 12]}, {"outputs": ["fapar"]}):
+        settings = small_settings(world_url, cache, inference={**small, **change})
+        with pytest.raises(StoreError, match=r"inference.overwrite"):
+            submit_inference(client, settings, job, str(cube), NO_OPTIONS)
+    assert contents(tmp_path) == before
+    settings = small_settings(world_url, cache, inference={**small, "folds": [1], "overwrite": True})
+    infer(client, settings, job, cube)
+    assert contents(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tile": [4, 12]}, ConfigError, r"tile(.|\n)*shard"),
+        ({"folds": [7]}, CheckpointError, r"fold(.|\n)*7(.|\n)*\[0, 1\]"),
+        ({"outputs": ["runof"]}, ConfigError, "did you mean 'runoff'"),
+        ({"period": "2000-01-01..2001-06-01"}, ConfigError, "inference.period"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    client: Client,
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    settings = small_settings(world_url, cache, inference=change)
+    with pytest.raises(error, match=message):
+        submit_inference(client, settings, job, str(tmp_path / "cube.zarr"), NO_OPTIONS)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_foreign_checkpoint_is_refused(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
+    fold = tmp_path / "folds" / "00"
+    fold.mkdir(parents=True)
+    (fold / "best.safetensors").write_bytes(b"\x80\x05not a checkpoint")
+    assert JobFolder(str(tmp_path), NO_OPTIONS).trained_folds() == (0,)
+    with pytest.raises(CheckpointError, match=r"best.safetensors"):
+        submit_inference(
+            client, small_settings(world_url, cache), str(tmp_path), str(tmp_path / "c"), NO_OPTIONS
+        )

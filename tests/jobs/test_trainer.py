@@ -1,0 +1,89 @@
+"""One step over two real gloo ranks equals one step over one."""
+
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from h2mv_dist.jobs.trainer import Progress, Ranks, epoch_batches, global_loss
+from h2mv_dist.model.base import Batch, Target
+from h2mv_dist.model.registry import h2mv_loss
+from tests.model import builders
+
+N_CELLS = 7
+
+
+def whole_batch() -> Batch:
+    """Seven cells of which one is never observed and the others with very different counts."""
+    batch = builders.batch(n_cells=N_CELLS, gaps=0.5)
+    for target in batch.targets.values():
+        target.values[5] = torch.nan
+        target.values[0, 2:] = torch.nan
+    return batch
+
+
+def share(batch: Batch, cells: torch.Tensor) -> Batch:
+    targets = {k: Target(t.values[cells], t.steps) for k, t in batch.targets.items()}
+    return Batch(batch.forcing[cells], batch.static[cells], targets)
+
+
+def gradients_of_a_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store-{world}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    ranks = Ranks(rank, world, torch.device("cpu"))
+    cells = torch.from_numpy(ranks.share(np.arange(N_CELLS)))
+    model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
+    loss = h2mv_loss(builders.scaler())
+    value, _ = global_loss(model, loss, share(whole_batch(), cells), 20, ranks.all_reduce)
+    torch.autograd.backward(value.total * world)
+    gradients = {n: p.grad.numpy() for n, p in model.module.named_parameters() if p.grad is not None}
+    np.savez(f"{folder}/{world}-{rank}.npz", loss=value.total.item(), **gradients)
+    dist.destroy_process_group()
+
+
+def run_ranks(world: int, folder: Path) -> list[dict[str, np.ndarray]]:  # type: ignore[type-arg]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=gradients_of_a_rank, args=(rank, world, str(folder))) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    return [dict(np.load(folder / f"{world}-{rank}.npz")) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_have_the_gradient_of_one(world: int, tmp_path: Path) -> None:
+    (one,) = run_ranks(1, tmp_path)
+    several = run_ranks(world, tmp_path)
+    assert several[0].keys() == one.keys()
+    for name, expected in one.items():
+        for rank in several:
+            assert np.abs(rank[name] - expected).max() <= 1e-5 * np.abs(expected).max(), name
+
+
+def test_batches_cover_every_cell_once_and_depend_on_the_epoch() -> None:
+    cells = np.array([3, 5, 8, 13, 21, 34, 55])
+    first, second = (epoch_batches(cells, 3, (0, 0, epoch)) for epoch in (1, 2))
+    assert [len(b) for b in first] == [3, 3, 1]
+    assert sorted(np.concatenate(first).tolist()) == cells.tolist()
+    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+    again = epoch_batches(cells, 3, (0, 0, 1))
+    assert [b.tolist() for b in again] == [b.tolist() for b in first]
+
+
+def test_progress_keeps_the_best_epoch() -> None:
+    progress = Progress()
+    for loss in (3.0, float("nan"), 2.0, 2.5):
+        progress = progress.after(loss)
+    assert progress == Progress(4, 3, 2.0)
+    assert Progress.from_record(progress.record()) == progress
+    assert Progress.from_record(Progress().record()) == Progress()

@@ -1,0 +1,146 @@
+"""Fold training on real worker processes."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from h2mv_dist.config import validate
+from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
+from h2mv_dist.jobs.handle import JobHandle
+from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.training import submit_training
+from tests.jobs.conftest import NO_OPTIONS, small_settings
+
+
+def train(client: Client, world_url: str, cache: Path, folder: Path, **training: object) -> JobFolder:
+    settings = small_settings(world_url, cache, training=training)
+    submit_training(client, settings, str(folder), NO_OPTIONS).wait()
+    return JobFolder(str(folder), NO_OPTIONS)
+
+
+def test_folds_train_side_by_side_on_whole_gangs(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(world_url, cache, training={"folds": [0, 1, 2], "ranks": 2, "epochs": 3})
+    handle = submit_training(client, settings, str(tmp_path), NO_OPTIONS)
+    leases: list[list[list[str]]] = []
+
+    def watch(status: Mapping[str, Any]) -> None:
+        leases.append([u["workers"] for u in status["units"] if u["state"] == "running"])
+
+    status = handle.wait(watch)
+    assert [u["state"] for u in status["units"]] == ["done"] * 3
+    assert any(len(running) == 2 for running in leases), "two gangs fit on four workers at once"
+    for running in leases:
+        workers = [w for gang in running for w in gang]
+        assert len(workers) == len(set(workers)), "a worker never holds two ranks"
+        assert all(len(gang) == 2 for gang in running), "a gang is never partial"
+    job = JobFolder(str(tmp_path), NO_OPTIONS)
+    assert job.trained_folds() == (0, 1, 2)
+    metrics = job.fold(1).metrics()
+    assert [m["epoch"] for m in metrics] == [1, 2, 3]
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    whole = train(client, world_url, cache, tmp_path / "whole", epochs=6, ranks=2).fold(0)
+    train(client, world_url, cache, tmp_path / "parts", epochs=3, ranks=2)
+    half = JobFolder(str(tmp_path / "parts"), NO_OPTIONS).fold(0)
+    assert half.read_checkpoint("last").progress["epoch"] == 3
+    resumed = train(client, world_url, cache, tmp_path / "parts", epochs=6, ranks=2).fold(0)
+    assert resumed.read_checkpoint("last").progress["epoch"] == 6
+    assert resumed.checkpoint_bytes("best") == whole.checkpoint_bytes("best")
+    assert resumed.checkpoint_bytes("last") == whole.checkpoint_bytes("last")
+
+
+def test_the_number_of_ranks_changes_nothing_but_rounding(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for ranks in (1, 2):
+        fold = train(client, world_url, cache, tmp_path / str(ranks), epochs=2, ranks=ranks).fold(0)
+        losses.append([m["valid_loss"] for m in fold.metrics()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_more_ranks_than_workers_are_refused(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(JobError, match=r"more ranks than workers(.|\n)*training.ranks(.|\n)*5"):
+        train(client, world_url, cache, tmp_path / "job", ranks=5)
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_job_folder_keeps_its_numbers(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
+    train(client, world_url, cache, tmp_path, epochs=1)
+    before = JobFolder(str(tmp_path), NO_OPTIONS).fold(0).checkpoint_bytes("best")
+    with pytest.raises(JobError, match=r"other settings(.|\n)*learning_rate"):
+        train(client, world_url, cache, tmp_path, epochs=1, learning_rate=0.5)
+    assert JobFolder(str(tmp_path), NO_OPTIONS).fold(0).checkpoint_bytes("best") == before
+
+
+def test_an_unknown_model_or_fold_is_refused(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'h2mw'(.|\n)*h2mv"):
+        settings = small_settings(world_url, cache, model={"name": "h2mw"})
+        submit_training(client, settings, str(tmp_path / "job"), NO_OPTIONS)
+    with pytest.raises(ConfigError, match="from 0 to 9"):
+        train(client, world_url, cache, tmp_path / "job", folds=[10])
+    assert not (tmp_path / "job").exists()
+
+
+def test_missing_data_are_refused_before_anything_is_written(
+    client: Client, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((DataError, StoreError), match="nowhere"):
+        train(client, str(tmp_path / "nowhere.zarr"), cache, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_damaged_checkpoint_fails_the_fold_with_its_own_message(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    train(client, world_url, cache, tmp_path, epochs=1)
+    last = tmp_path / "folds" / "00" / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(JobError, match=r"fold-00 \(attempt 1\)(.|\n)*truncated(.|\n)*last.safetensors"):
+        train(client, world_url, cache, tmp_path, epochs=2)
+    assert last.read_bytes()[:1000] == last.read_bytes(), "nothing was overwritten"
+
+
+def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
+    settings = small_settings(world_url, cache, training={"ranks": 4, "epochs": 10_000, "patience": 10_000})
+    handle = submit_training(client, settings, str(tmp_path / "long"), NO_OPTIONS)
+    _wait_for_an_epoch(handle)
+    handle.cancel()
+    with pytest.raises(JobError, match="cancelled"):
+        handle.wait()
+    # all four workers are needed, so this only ends if every one of them is free again
+    train(client, world_url, cache, tmp_path / "next", ranks=4, epochs=1)
+
+
+def _wait_for_an_epoch(handle: JobHandle) -> None:
+    deadline = time.monotonic() + 60
+    while "epoch" not in handle.status()["units"][0]["latest"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_records_hold_settings_that_read_back_and_no_storage_options(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    job = train(client, world_url, cache, tmp_path, epochs=1)
+    record = json.loads((tmp_path / "job.json").read_text())
+    assert validate(record["settings"], where="test") == job.settings()
+    assert "storage_options" not in record
+    done = job.fold(0).done()
+    assert done is not None
+    assert done["epoch"] == 1
