@@ -89,7 +89,7 @@ class DataSettings(_Settings):
     static: tuple[str, ...] = ("static",)
     """CF layout: the static features, one array each, or one array with a feature axis."""
     mask: VariableSource | None = None
-    """CF layout: the land mask (non-zero = land); without it, land is where all static features are finite."""
+    """CF layout: the land mask (non-zero = land); without it, land is where all static are finite."""
     period: PeriodSetting | None = None
     """Days to use; all days of the forcing if left out."""
 

@@ -26,7 +26,7 @@ from h2mv_dist.jobs.worlds import loss_floor, make_world
 from h2mv_dist.model.registry import model_kind
 
 RESOLUTION: Final = 6.0
-YEARS: Final = 3
+YEARS: Final = 2
 SEED: Final = 0
 
 SETTINGS: Final = """\
@@ -39,9 +39,8 @@ layout = "published"
 [training]
 folds = [0, 1]           # two of the ten
 ranks = 2                # processes a fold, joined by torch DDP
-epochs = 24
-batch_size = 64
-spinup_days = 365
+epochs = 20
+batch_size = 96
 cache = "{folder}/cache"
 
 [inference]
@@ -50,7 +49,6 @@ shard = [10, 20]
 chunk = [10, 10]
 shard_days = 366
 chunk_days = 122
-spinup_days = 365
 
 [cluster]
 workers = 4

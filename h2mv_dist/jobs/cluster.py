@@ -84,6 +84,11 @@ def _client(target: Any) -> Iterator[Client]:
         yield client
 
 
+def scheduler_address(client: Client) -> str:
+    """Where the client's scheduler listens."""
+    return str(client.scheduler_info(n_workers=0)["address"])
+
+
 def n_workers(client: Client) -> int:
     """Workers the scheduler has now."""
     return len(client.scheduler_info(n_workers=-1)["workers"])
@@ -101,7 +106,7 @@ def require_workers(client: Client, ranks: int, setting: str) -> None:
             describe(
                 "more ranks than workers",
                 where=setting,
-                expected=f"at most {available}, the workers of {client.scheduler.address}",
+                expected=f"at most {available}, the workers of {scheduler_address(client)}",
                 actual=str(ranks),
                 fix=f"lower {setting}, or start more workers (cluster.workers)",
             )

@@ -189,7 +189,7 @@ class Coordinator(SchedulerPlugin):
 
     async def _attempt(self, job: Job, unit: Unit, gang: _Gang) -> Any:
         """Run all ranks of a gang; one failure or loss ends them all."""
-        futures: list[Future] = []
+        futures: list[Future[Any]] = []
         work = asyncio.ensure_future(self._ranks(job, unit, gang, futures))
         lost = asyncio.ensure_future(gang.lost.wait())
         try:
@@ -210,7 +210,7 @@ class Coordinator(SchedulerPlugin):
                 await work
             await self.client.cancel(futures, force=True)
 
-    async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future]) -> Any:
+    async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
         rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
         for rank, worker in enumerate(gang.workers):
             place = tasks.Place(gang.name, rank, len(gang.workers), unit.attempt, rendezvous)

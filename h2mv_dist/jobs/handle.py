@@ -29,15 +29,14 @@ class JobHandle:
         Raises:
             JobError: the scheduler does not know the job.
         """
-        status: dict[str, Any] | None = self._call("h2mv_status")
+        status: dict[str, Any] | None = _call(self.client, "h2mv_status", self.id)
         if status is None:
-            address = self.client.scheduler.address
-            raise JobError(f"job {self.id} is not known to {address}; was the scheduler restarted?")
+            raise JobError(f"the scheduler does not know job {self.id}; was it restarted?")
         return status
 
     def cancel(self) -> None:
         """Stop the job's units and free their workers."""
-        self._call("h2mv_cancel")
+        _call(self.client, "h2mv_cancel", self.id)
 
     def wait(self, watch: Watcher | None = None) -> dict[str, Any]:
         """Wait until nothing more will happen; returns the last status.
@@ -55,9 +54,6 @@ class JobHandle:
         _raise_failures(status)
         return status
 
-    def _call(self, handler: str) -> Any:
-        return self.client.sync(getattr(self.client.scheduler, handler), job=self.id)
-
 
 def submit(client: Client, job: Job) -> JobHandle:
     """Hand a job to the coordinator.
@@ -65,10 +61,15 @@ def submit(client: Client, job: Job) -> JobHandle:
     Raises:
         JobError: a job of this name is running.
     """
-    refusal = client.sync(client.scheduler.h2mv_submit, job=job.message())
+    refusal = _call(client, "h2mv_submit", job.message())
     if refusal:
         raise JobError(f"{refusal}; wait for it, or cancel it first")
     return JobHandle(job.id, client)
+
+
+def _call(client: Client, handler: str, job: Any) -> Any:
+    """Ask the coordinator; its handlers take a job or its id."""
+    return client.sync(getattr(client.scheduler, handler), job=job)
 
 
 def _raise_failures(status: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import Client
 
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, validate
@@ -12,6 +13,12 @@ from h2mv_dist.jobs.cluster import connect
 from h2mv_dist.jobs.worlds import make_world
 
 NO_OPTIONS = StorageOptions()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The workers need the other cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

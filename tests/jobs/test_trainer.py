@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.nn.parallel import DistributedDataParallel
 
 from h2mv_dist.jobs.trainer import Progress, Ranks, epoch_batches, global_loss
@@ -47,7 +48,7 @@ def gradients_of_a_rank(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, folder: Path) -> list[dict[str, np.ndarray]]:  # type: ignore[type-arg]
+def run_ranks(world: int, folder: Path) -> list[dict[str, NDArray[np.float32]]]:
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=gradients_of_a_rank, args=(rank, world, str(folder))) for rank in range(world)

@@ -89,8 +89,8 @@ def test_a_job_folder_keeps_its_numbers(client: Client, world_url: str, cache: P
 def test_an_unknown_model_or_fold_is_refused(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
+    settings = small_settings(world_url, cache, model={"name": "h2mw"})
     with pytest.raises(ConfigError, match=r"unknown model 'h2mw'(.|\n)*h2mv"):
-        settings = small_settings(world_url, cache, model={"name": "h2mw"})
         submit_training(client, settings, str(tmp_path / "job"), NO_OPTIONS)
     with pytest.raises(ConfigError, match="from 0 to 9"):
         train(client, world_url, cache, tmp_path / "job", folds=[10])
