@@ -145,6 +145,8 @@ class TrainingSettings(_Settings):
     clip_value: float = Field(0.5, gt=0)
     spinup_days: int | None = Field(None, ge=0)
     """Days run before each simulation to fill the stores; the whole period if left out."""
+    targets: tuple[str, ...] | None = None
+    """Observed variables to train on; all of the model's if left out."""
     scaler: Literal["fit", "published"] = "fit"
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1)

@@ -31,7 +31,7 @@ from h2mv_dist.jobs.tasks import Place
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
 from h2mv_dist.model.loss import LossSum, LossValue, summed_over_ranks
-from h2mv_dist.model.registry import model_kind
+from h2mv_dist.model.registry import chosen_targets, model_kind
 from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.spec import Scaler
 
@@ -103,7 +103,8 @@ def train_rank(message: Mapping[str, Any], place: Place, emit: Emit) -> dict[str
 
 def _staged(settings: Settings, options: StorageOptions) -> tuple[StagedCells, Scaler | None]:
     spec = model_kind(settings.model.name).spec
-    source = open_source(settings.data, forcing=spec.forcing, targets=spec.targets, options=options)
+    targets = chosen_targets(spec, settings.training.targets)
+    source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
     cache = settings.training.cache
     staged = stage(source, Path(cache) if cache is not None else default_cache())
     return staged, source.published_scaler() if settings.training.scaler == "published" else None
@@ -151,7 +152,7 @@ def epoch_batches(cells: Cells, batch_size: int, seed: tuple[int, ...]) -> list[
     """Shuffle cells with a generator of their own and cut them into batches; the last may be smaller.
 
     >>> [b.tolist() for b in epoch_batches(np.arange(5), 2, (0, 1))]
-    [[2, 1], [0, 4], [3]]
+    [[1, 4], [3, 0], [2]]
     """
     order = np.random.default_rng(seed).permutation(cells)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -12,7 +12,7 @@ from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.model.registry import model_kind
+from h2mv_dist.model.registry import chosen_targets, model_kind
 
 
 def submit_training(client: Client, settings: Settings, folder: str, options: StorageOptions) -> JobHandle:
@@ -30,7 +30,8 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
     require_workers(client, settings.training.ranks, "training.ranks")
     folds = chosen_folds(settings)
     spec = model_kind(settings.model.name).spec
-    source = open_source(settings.data, forcing=spec.forcing, targets=spec.targets, options=options)
+    targets = chosen_targets(spec, settings.training.targets)
+    source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
     make_folds(source.grid, settings.folds)
     JobFolder(folder, options).create(settings)
     common = {"settings": to_json(settings), "folder": folder, "storage_options": options.reveal()}
@@ -67,6 +68,6 @@ def job_id(kind: str, url: str) -> str:
     """One place, one job: the same folder or cube always gives the same id.
 
     >>> job_id("train", "s3://bucket/job")
-    'train-9bb92c7e'
+    'train-32564751'
     """
     return f"{kind}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
 from h2mv_dist.errors import ConfigError
 from h2mv_dist.model import h2mv
 from h2mv_dist.model.base import ProcessModel
-from h2mv_dist.model.loss import AnomalyError, LossSum, SaturatingError, StepError
+from h2mv_dist.model.loss import AnomalyError, LossSum, LossTerm, SaturatingError, StepError
 from h2mv_dist.spec import ModelSpec, Scaler
 from h2mv_dist.variables import nearest
 
@@ -29,18 +30,17 @@ class ModelKind:
 
 
 def h2mv_loss(scaler: Scaler) -> LossSum:
-    """The five terms of H2MV, in the order TWS, ET, runoff, SWE, fAPAR."""
+    """The terms TWS, ET, runoff, SWE and fAPAR, in this order; those whose target the scaler knows."""
     std = {name: moments.std[0] for name, moments in scaler.targets.items()}
     tws = "terrestrial_water_storage_anomaly"
-    return LossSum(
-        (
-            AnomalyError("tws", tws, "terrestrial_water_storage", std[tws]),
-            StepError("et", "evapotranspiration", std["evapotranspiration"]),
-            StepError("runoff", "runoff", std["runoff"]),
-            SaturatingError("swe", "snow_water_equivalent", std["snow_water_equivalent"]),
-            StepError("fapar", "fapar", std["fapar"]),
-        )
-    )
+    terms: dict[str, Callable[[float], LossTerm]] = {
+        tws: partial(AnomalyError, "tws", tws, "terrestrial_water_storage"),
+        "evapotranspiration": partial(StepError, "et", "evapotranspiration"),
+        "runoff": partial(StepError, "runoff", "runoff"),
+        "snow_water_equivalent": partial(SaturatingError, "swe", "snow_water_equivalent"),
+        "fapar": partial(StepError, "fapar", "fapar"),
+    }
+    return LossSum(tuple(term(std[name]) for name, term in terms.items() if name in std))
 
 
 MODELS: Final[Mapping[str, ModelKind]] = MappingProxyType(
@@ -57,3 +57,17 @@ def model_kind(name: str) -> ModelKind:
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r} in model.name; {nearest(name, MODELS)}")
     return MODELS[name]
+
+
+def chosen_targets(spec: ModelSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The targets to train on, in the model's order.
+
+    Raises:
+        ConfigError: one that the model has no loss term for, or none at all.
+    """
+    for name in wanted or ():
+        if name not in spec.targets:
+            raise ConfigError(f"training.targets: {spec.name} has no {name!r}; {nearest(name, spec.targets)}")
+    if wanted == ():
+        raise ConfigError(f"training.targets is empty; choose some of {', '.join(spec.targets)}")
+    return spec.targets if wanted is None else tuple(n for n in spec.targets if n in wanted)
