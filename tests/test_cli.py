@@ -1,0 +1,86 @@
+"""The command line: helpful errors, exit codes, settings with overrides."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from h2mv_dist.config import load, to_json, validate
+from h2mv_dist.errors import ConfigError
+
+SECRET = "hush-hush-canary"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "h2mv_dist.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_an_unknown_setting_names_the_nearest_one(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nurl = "nowhere"\n[training]\nepoch = 3\n')
+    done = run("train", str(file), "--job", str(tmp_path / "job"))
+    assert done.returncode == 2
+    assert "training.epoch: unknown setting; did you mean 'epochs'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "job").exists()
+
+
+def test_an_address_goes_with_its_kind(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nurl = "nowhere"\n[cluster]\nkind = "address"\n')
+    done = run("train", str(file), "--job", str(tmp_path / "job"))
+    assert done.returncode == 2
+    assert 'kind = "address" and an address go together' in done.stderr
+
+
+def test_a_world_is_not_written_over_anything(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("do not touch")
+    done = run("world", str(tmp_path), "--resolution", "15", "--years", "1")
+    assert done.returncode == 2
+    assert "will not write over" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> None:
+    golden = shared / "golden" / "h2mv.npz"
+    assert run("verify", str(golden)).returncode == 0
+    (tmp_path / "cut.npz").write_bytes(golden.read_bytes()[:5000])
+    assert run("verify", str(tmp_path / "cut.npz")).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["world", "train", "infer", "verify", "demo", "cluster"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_overrides_win_and_secrets_stay_apart(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        '[data]\nurl = "s3://b/x"\nperiod = "2001-01-01..2002-01-01"\n'
+        f'[storage_options.s3]\nsecret = "{SECRET}"\n'
+    )
+    settings, options = load(file, ["training.epochs=7", "model.name=h2mv", "inference.tile=[40, 20]"])
+    assert settings.training.epochs == 7
+    assert settings.inference.tile == (40, 20)
+    assert options["s3"]["secret"] == SECRET
+    assert validate(to_json(settings), where="test") == settings
+    assert SECRET not in repr(settings) + repr(options) + str(to_json(settings))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.ranks=0", "training.ranks"),
+        ("inference.chunk_days=7", "multiple of its chunk"),
+        ("data.period=2001..2002", "START..END"),
+        ("nonsense", "section.key=value"),
+        ("storage_option.s3.key=1", "storage_option"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, ["data.url=x", override])
