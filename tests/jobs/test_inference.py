@@ -107,6 +107,7 @@ def test_members_give_mean_and_spread(
             np.testing.assert_allclose(spread[f"{name}_spread"], std, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_client_loses_nothing(
     client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
 ) -> None:
