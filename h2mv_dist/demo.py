@@ -39,7 +39,7 @@ layout = "published"
 [training]
 folds = [0, 1]           # two of the ten
 ranks = 2                # processes a fold, joined by torch DDP
-epochs = 10
+epochs = 14
 batch_size = 96
 cache = "{folder}/cache"
 
