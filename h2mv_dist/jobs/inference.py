@@ -131,6 +131,7 @@ def submit_inference(
         "settings": to_json(settings),
         "training_folder": training_folder,
         "cube": cube,
+        "fingerprint": planned.layout.fingerprint,
         "checksums": [[m, checksum(c.to_bytes())] for m, c in _members(planned)],
         "storage_options": options.reveal(),
     }

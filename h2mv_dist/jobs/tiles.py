@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from h2mv_dist.config import StorageOptions
+from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io import sink
 from h2mv_dist.io.ledger import Ledger, Receipt
@@ -61,15 +61,16 @@ def run_tile_unit(message: Message) -> None:
 
 
 def _context(message: Message) -> TileContext:
-    job = message["job"]
-    if job not in _contexts:
+    # not the job's name: a cube that is replaced keeps its name, but not its model
+    key = canonical_json([message["cube"], message["fingerprint"], message["settings"]])
+    if key not in _contexts:
         planned = plan_from_message(message)
         options = StorageOptions(message["storage_options"])
         cube = sink.Sink.open(message["cube"], planned.layout, options)
         models = tuple(c.build_model() for c in planned.checkpoints)
         _contexts.clear()
-        _contexts[job] = TileContext(planned, models, cube, Ledger(message["cube"], options))
-    return _contexts[job]
+        _contexts[key] = TileContext(planned, models, cube, Ledger(message["cube"], options))
+    return _contexts[key]
 
 
 def _finish(context: TileContext) -> str:

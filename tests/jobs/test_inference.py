@@ -194,6 +194,9 @@ def test_another_checkpoint_or_geometry_is_refused_and_nothing_touched(
     settings = small_settings(world_url, cache, inference={**small, "folds": [1], "overwrite": True})
     infer(client, settings, job, cube)
     assert contents(tmp_path) != before
+    # the workers of the replaced cube must not go on with its model
+    infer(client, settings, job, tmp_path / "fresh.zarr")
+    assert contents(cube) == contents(tmp_path / "fresh.zarr")
 
 
 @pytest.mark.parametrize(
