@@ -64,12 +64,13 @@ def train(settings: SettingsFile, job: Job, set_: Overrides = None, address: Add
     """Train the folds of a model; run again with the same --job to resume."""
     from h2mv_dist.display import watching_folds
     from h2mv_dist.jobs.cluster import connect
-    from h2mv_dist.jobs.training import submit_training
+    from h2mv_dist.jobs.training import plan_training, start_training
 
     chosen, options = _settings(settings, set_, address)
+    plan = plan_training(chosen, job, options)
     with connect(chosen.cluster) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = submit_training(client, chosen, job, options)
+        handle = start_training(client, plan)
         with watching_folds(console) as watch:
             handle.wait(watch)
     console.print(f"trained; checkpoints, metrics and logs: {job}", soft_wrap=True)
@@ -86,12 +87,13 @@ def infer(
     """Run trained folds over the whole grid into an output cube; run again to finish what is missing."""
     from h2mv_dist.display import watching_tiles
     from h2mv_dist.jobs.cluster import connect
-    from h2mv_dist.jobs.inference import submit_inference
+    from h2mv_dist.jobs.inference import plan_inference, start_inference
 
     chosen, options = _settings(settings, set_, address)
+    plan = plan_inference(chosen, job, options)
     with connect(chosen.cluster) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = submit_inference(client, chosen, job, cube, options)
+        handle = start_inference(client, plan, job, cube, options)
         if handle is None:
             console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
             return

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from h2mv_dist.errors import ConfigError
+from h2mv_dist.errors import ConfigError, describe
 from h2mv_dist.grid import Period
 from h2mv_dist.variables import nearest
 
@@ -269,9 +269,21 @@ def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read settings file {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"settings file {path} is not TOML: {error}") from error
+        raise _unreadable(path, error.strerror or str(error), "check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(path, str(error), "correct that line") from error
+
+
+def _unreadable(path: str | Path, reason: str, fix: str) -> ConfigError:
+    return ConfigError(
+        describe(
+            "cannot read the settings",
+            where=str(path),
+            expected='a TOML file with at least [data] and url = "..."',
+            actual=reason,
+            fix=f"{fix}; `h2mv-dist demo` writes a settings.toml that can be copied",
+        )
+    )
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -35,6 +35,29 @@ def test_an_address_goes_with_its_kind(tmp_path: Path) -> None:
     assert 'kind = "address" and an address go together' in done.stderr
 
 
+@pytest.mark.parametrize("command", [["train"], ["infer", "--cube", "cube.zarr"]])
+def test_data_are_looked_at_before_a_cluster_starts(command: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f'[data]\nurl = "{tmp_path}/nowhere.zarr"\n')
+    done = run(*command, str(file), "--job", str(tmp_path / "job"))
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert "to do:" in done.stderr
+    assert "dashboard" not in done.stdout
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(("text", "reason"), [(None, "No such file"), ("[data\n", "line 1")])
+def test_unreadable_settings_are_explained(text: str | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    if text is not None:
+        file.write_text(text)
+    done = run("train", str(file), "--job", str(tmp_path / "job"))
+    assert done.returncode == 2
+    for part in (str(file), reason, "expected:", "to do:"):
+        assert part in done.stderr
+
+
 def test_a_world_is_not_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("do not touch")
     done = run("world", str(tmp_path), "--resolution", "15", "--years", "1")

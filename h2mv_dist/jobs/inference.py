@@ -1,7 +1,7 @@
 """The global-inference job: plan a cube, create it, then submit one unit a tile that has no receipt yet.
 
-``plan`` gives client and workers the same :class:`CubePlan` from one message, so that both agree on the
-cube's geometry without sending it.
+``plan_inference`` gives client and workers the same :class:`CubePlan` from the same settings, so that both
+agree on the cube's geometry without sending it.
 """
 
 from collections.abc import Mapping
@@ -79,28 +79,20 @@ class CubePlan:
         return max(int(mask[tile.slices].sum()) for tile in self.tiles)
 
 
-def plan(
-    settings: Settings,
-    training_folder: str,
-    options: StorageOptions,
-    expected: Mapping[int, str] | None = None,
-) -> CubePlan:
-    """Read what a cube needs and lay it out.
+def plan_inference(settings: Settings, training_folder: str, options: StorageOptions) -> CubePlan:
+    """Read what a cube needs and lay it out; nothing is written.
 
     Args:
         settings: data, model and inference settings.
         training_folder: job folder with the trained folds.
         options: storage options.
-        expected: checksum of each member's checkpoint as the client saw it; None on the client itself.
 
     Raises:
         H2mvError: anything that does not fit together.
     """
     spec = model_kind(settings.model.name).spec
-    source = open_source(settings.data, forcing=spec.forcing, targets=(), options=options)
     checkpoints, checksums = _read_members(settings, training_folder, options)
-    if expected is not None and dict(expected) != checksums:
-        raise JobError(f"the checkpoints in {training_folder} changed while the cube was being made")
+    source = open_source(settings.data, forcing=spec.forcing, targets=(), options=options)
     _check_static(checkpoints, source, settings.data.url)
     period = _within(settings.inference.period, source.period, "inference.period")
     baseline = _within(settings.inference.baseline, period, "inference.baseline")
@@ -109,8 +101,8 @@ def plan(
     return CubePlan(settings, source, spec, checkpoints, layout, period, baseline, spinup)
 
 
-def submit_inference(
-    client: Client, settings: Settings, training_folder: str, cube: str, options: StorageOptions
+def start_inference(
+    client: Client, planned: CubePlan, training_folder: str, cube: str, options: StorageOptions
 ) -> JobHandle | None:
     """Fill the cube at ``cube``; tiles that have a receipt are not computed again.
 
@@ -118,10 +110,10 @@ def submit_inference(
         A handle, or None if there is nothing to do.
 
     Raises:
-        H2mvError: anything that can be found wrong before work starts; nothing is overwritten.
+        H2mvError: another cube is there, the cluster is too small, or runs this job already.
     """
+    settings = planned.settings
     require_workers(client, 1, "inference")
-    planned = plan(settings, training_folder, options)
     _require_memory(client, planned)
     sink.create_cube(cube, planned.layout, options, settings.inference.overwrite)
     missing = missing_units(planned, cube, options)
@@ -131,8 +123,7 @@ def submit_inference(
         "settings": to_json(settings),
         "training_folder": training_folder,
         "cube": cube,
-        "fingerprint": planned.layout.fingerprint,
-        "checksums": [[m, checksum(c.to_bytes())] for m, c in _members(planned)],
+        "provenance": dict(planned.layout.attributes),
         "storage_options": options.reveal(),
     }
     attempts = settings.inference.attempts
@@ -146,6 +137,14 @@ def submit_inference(
     return submit(client, Job(id=job_id("infer", cube), common=common, units=units, final=final))
 
 
+def submit_inference(
+    client: Client, settings: Settings, training_folder: str, cube: str, options: StorageOptions
+) -> JobHandle | None:
+    """Plan and start inference; see :func:`plan_inference` and :func:`start_inference`."""
+    planned = plan_inference(settings, training_folder, options)
+    return start_inference(client, planned, training_folder, cube, options)
+
+
 def missing_units(planned: CubePlan, cube: str, options: StorageOptions) -> tuple[str, ...]:
     """Names of the tiles without receipt, and of the finishing unit if it has none."""
     names = [*(tile.name for tile in planned.tiles), FINISH_UNIT]
@@ -153,14 +152,28 @@ def missing_units(planned: CubePlan, cube: str, options: StorageOptions) -> tupl
 
 
 def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
-    """The plan on a worker, from what the client sent."""
+    """The plan on a worker, from what the client sent.
+
+    Raises:
+        JobError: the worker sees other data, checkpoints or code than the client did.
+    """
     settings = validate(message["settings"], where="job")
     options = StorageOptions(message["storage_options"])
-    return plan(settings, message["training_folder"], options, dict(message["checksums"]))
-
-
-def _members(planned: CubePlan) -> list[tuple[int, Checkpoint]]:
-    return list(zip(planned.layout.members, planned.checkpoints, strict=True))
+    planned = plan_inference(settings, message["training_folder"], options)
+    theirs, ours = message["provenance"], planned.layout.attributes
+    changed = sorted(key for key in ours if theirs.get(key) != ours[key])
+    if changed:
+        raise JobError(
+            describe(
+                "a worker would make another cube than the one that was planned",
+                where=f"{message['cube']}: {', '.join(changed)}",
+                expected="; ".join(f"{key} = {theirs.get(key)}" for key in changed),
+                actual="; ".join(f"{key} = {ours[key]}" for key in changed),
+                fix="do not change data or checkpoints while a cube is made, and run the same software on "
+                "every worker; then start again",
+            )
+        )
+    return planned
 
 
 def _read_members(

@@ -102,15 +102,23 @@ class JobFolder:
     options: StorageOptions
 
     def create(self, settings: Settings) -> None:
-        """Write ``job.json``, or check that the folder's job may go on with these settings.
+        """Write ``job.json``; a job that is there is resumed.
+
+        Raises:
+            JobError: see :meth:`require_same_job`.
+        """
+        self.require_same_job(settings)
+        record = {"kind": "train", "settings": to_json(settings)}
+        stores.put_object(stores.join(self.url, "job.json"), canonical_json(record).encode(), self.options)
+
+    def require_same_job(self, settings: Settings) -> None:
+        """Check that the folder is free, or that its job may go on with these settings.
 
         Raises:
             JobError: the folder holds a job whose numbers would differ.
         """
         if self.exists():
             _require_same_job(self.settings(), settings, self.url)
-        record = {"kind": "train", "settings": to_json(settings)}
-        stores.put_object(stores.join(self.url, "job.json"), canonical_json(record).encode(), self.options)
 
     def exists(self) -> bool:
         """Whether a job was created here."""

@@ -62,7 +62,7 @@ def run_tile_unit(message: Message) -> None:
 
 def _context(message: Message) -> TileContext:
     # not the job's name: a cube that is replaced keeps its name, but not its model
-    key = canonical_json([message["cube"], message["fingerprint"], message["settings"]])
+    key = canonical_json([message["cube"], message["provenance"], message["settings"]])
     if key not in _contexts:
         planned = plan_from_message(message)
         options = StorageOptions(message["storage_options"])
@@ -74,20 +74,14 @@ def _context(message: Message) -> TileContext:
 
 
 def _finish(context: TileContext) -> str:
-    layout = context.plan.layout
-    empty = torch.zeros(0, 0, len(context.plan.spec.forcing))
-    static = torch.zeros(0, len(context.plan.source.static))
+    layout, source = context.plan.layout, context.plan.source
+    no_cells = Batch(torch.zeros(0, 1, len(source.forcing)), torch.zeros(0, len(source.static)), {})
     with torch.no_grad():
-        results = [m(_one_dry_day(empty, static), m.initial_state(0)) for m in context.models]
+        results = [model(no_cells, model.initial_state(0)) for model in context.models]
     values = {n: np.stack([r.constants[n].numpy() for r in results]) for n in layout.constants}
     written = context.cube.write_constants(values) if values else ""
     sink.consolidate(context.cube.url, context.cube.options)
     return checksum(written.encode())
-
-
-def _one_dry_day(forcing: torch.Tensor, static: torch.Tensor) -> Batch:
-    """A batch without cells, to ask a model for its constants."""
-    return Batch(forcing.new_zeros(0, 1, forcing.shape[2]), static, {})
 
 
 def compute_tile(context: TileContext, tile: Tile) -> str:

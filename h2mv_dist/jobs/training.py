@@ -1,6 +1,7 @@
 """The fold-training job: check everything that can be checked early, then submit one unit a fold."""
 
 import hashlib
+from dataclasses import dataclass
 
 from distributed import Client
 
@@ -15,11 +16,25 @@ from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.model.registry import chosen_targets, model_kind
 
 
-def submit_training(client: Client, settings: Settings, folder: str, options: StorageOptions) -> JobHandle:
-    """Train the folds of ``settings`` on the client's cluster; resumes what the folder already holds.
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """A checked fold-training job; nothing was written for it yet.
+
+    Attributes:
+        settings: of the job.
+        folder: where it is kept.
+        folds: to train.
+    """
+
+    settings: Settings
+    folder: JobFolder
+    folds: tuple[int, ...]
+
+
+def plan_training(settings: Settings, folder: str, options: StorageOptions) -> TrainingPlan:
+    """Check everything that needs no cluster: folds, model, targets, data, and what the folder holds.
 
     Args:
-        client: connected, with the coordinator installed.
         settings: validated settings.
         folder: URL of the job folder, reachable from every worker.
         options: storage options, never written anywhere.
@@ -27,25 +42,44 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
     Raises:
         H2mvError: anything that can be found wrong before work starts.
     """
-    require_workers(client, settings.training.ranks, "training.ranks")
     folds = chosen_folds(settings)
     spec = model_kind(settings.model.name).spec
     targets = chosen_targets(spec, settings.training.targets)
     source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
     make_folds(source.grid, settings.folds)
-    JobFolder(folder, options).create(settings)
-    common = {"settings": to_json(settings), "folder": folder, "storage_options": options.reveal()}
+    job = JobFolder(folder, options)
+    job.require_same_job(settings)
+    return TrainingPlan(settings, job, folds)
+
+
+def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
+    """Submit one unit a fold; the folder is created, or resumed.
+
+    Args:
+        client: connected, with the coordinator installed.
+        plan: what to do.
+
+    Raises:
+        JobError: the cluster is too small, or runs this job already.
+    """
+    training = plan.settings.training
+    require_workers(client, training.ranks, "training.ranks")
+    plan.folder.create(plan.settings)
+    common = {
+        "settings": to_json(plan.settings),
+        "folder": plan.folder.url,
+        "storage_options": plan.folder.options.reveal(),
+    }
     units = tuple(
-        Unit(
-            name=f"fold-{fold:02d}",
-            task="fold",
-            spec={"fold": fold},
-            ranks=settings.training.ranks,
-            attempts=settings.training.attempts,
-        )
-        for fold in folds
+        Unit(f"fold-{fold:02d}", "fold", {"fold": fold}, ranks=training.ranks, attempts=training.attempts)
+        for fold in plan.folds
     )
-    return submit(client, Job(id=job_id("train", folder), common=common, units=units))
+    return submit(client, Job(id=job_id("train", plan.folder.url), common=common, units=units))
+
+
+def submit_training(client: Client, settings: Settings, folder: str, options: StorageOptions) -> JobHandle:
+    """Plan and start training; see :func:`plan_training` and :func:`start_training`."""
+    return start_training(client, plan_training(settings, folder, options))
 
 
 def chosen_folds(settings: Settings) -> tuple[int, ...]:

@@ -15,10 +15,10 @@ import torch
 import xarray as xr
 from distributed import Client
 
-from h2mv_dist.config import Settings
-from h2mv_dist.errors import CheckpointError, ConfigError, StoreError
+from h2mv_dist.config import Settings, to_json
+from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
 from h2mv_dist.io.ledger import Ledger, ledger_url
-from h2mv_dist.jobs.inference import plan, submit_inference
+from h2mv_dist.jobs.inference import plan_from_message, plan_inference, submit_inference
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.model.base import Batch
@@ -74,7 +74,7 @@ def test_tiled_and_blocked_equal_one_piece(
 ) -> None:
     settings = small_settings(world_url, cache, inference={"members": "all"})
     infer(client, settings, job, tmp_path / "cube.zarr")
-    planned = plan(settings, job, NO_OPTIONS)
+    planned = plan_inference(settings, job, NO_OPTIONS)
     whole = planned.source.grid.tiles(planned.source.grid.shape)[0]
     land = planned.source.grid.mask
     forcing = planned.source.read_forcing(whole, planned.period)[:, land].swapaxes(0, 1)
@@ -197,6 +197,18 @@ def test_another_checkpoint_or_geometry_is_refused_and_nothing_touched(
     # the workers of the replaced cube must not go on with its model
     infer(client, settings, job, tmp_path / "fresh.zarr")
     assert contents(cube) == contents(tmp_path / "fresh.zarr")
+
+
+def test_a_worker_refuses_to_make_another_cube_than_the_planned_one(
+    world_url: str, cache: Path, job: str
+) -> None:
+    settings = small_settings(world_url, cache)
+    provenance = dict(plan_inference(settings, job, NO_OPTIONS).layout.attributes)
+    message = {"settings": to_json(settings), "training_folder": job, "cube": "c", "storage_options": {}}
+    assert plan_from_message({**message, "provenance": provenance}).layout.attributes == provenance
+    changed = {**provenance, "input_fingerprint": "other data"}
+    with pytest.raises(JobError, match=r"c: input_fingerprint(.|\n)*other data(.|\n)*to do"):
+        plan_from_message({**message, "provenance": changed})
 
 
 @pytest.mark.parametrize(
