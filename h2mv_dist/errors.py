@@ -17,7 +17,15 @@ class DataError(H2mvError):
 
 
 class StoreError(H2mvError):
-    """A store cannot be reached, read or written, or holds something else."""
+    """A store cannot be reached, read or written, or holds something else.
+
+    Attributes:
+        full: there is no room for what was to be written; it may help to wait until somebody frees space.
+    """
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 class JobError(H2mvError):

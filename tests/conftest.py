@@ -19,6 +19,7 @@ import pytest
 import s3fs
 
 from h2mv_dist.config import StorageOptions
+from tests.fault_proxy import FaultProxy
 
 ACCESS_KEY = "testkey"
 SECRET = "testsecret-canary"
@@ -35,8 +36,17 @@ class S3Server:
     def new_bucket(self) -> str:
         """URL of a fresh, empty bucket."""
         name = f"b{uuid.uuid4().hex[:12]}"
-        s3fs.S3FileSystem(**self.options["s3"]).mkdir(name)
+        _client(self.endpoint).mkdir(name)
         return f"s3://{name}"
+
+
+@dataclass(frozen=True)
+class ProxiedS3:
+    """The running SeaweedFS as seen through a proxy that can fail."""
+
+    endpoint: str
+    options: StorageOptions
+    proxy: FaultProxy
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class Place:
 
 
 def storage_options(endpoint: str, key: str = ACCESS_KEY, secret: str = SECRET) -> StorageOptions:
-    """Options that give up within seconds, so that tests of failures stay short."""
-    client = {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 10}
+    """Options whose timeouts are short, so that tests of failures are, too."""
+    client = {"connect_timeout": 2, "read_timeout": 10}
     return StorageOptions(
         {"s3": {"key": key, "secret": secret, "endpoint_url": endpoint, "config_kwargs": client}}
     )
@@ -89,6 +99,27 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             process.wait()
 
 
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: S3Server) -> str:
+    """URL of one bucket that tests share: SeaweedFS runs out of volumes when each makes its own."""
+    return s3_server.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def running_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """One proxy for all tests; use ``fault_proxy``."""
+    with FaultProxy(s3_server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def fault_proxy(running_proxy: FaultProxy) -> Iterator[ProxiedS3]:
+    """The object store behind a proxy, at first without faults and with counts of zero."""
+    running_proxy.clear()
+    yield ProxiedS3(running_proxy.url, storage_options(running_proxy.url), running_proxy)
+    running_proxy.clear()
+
+
 PLACES = ("folder", "memory", "s3")
 
 
@@ -105,7 +136,7 @@ def new_place(kind: str, request: pytest.FixtureRequest, folders: pytest.TempPat
     if kind == "memory":
         return Place(f"memory://{uuid.uuid4().hex}", StorageOptions())
     server: S3Server = request.getfixturevalue("s3_server")
-    return Place(f"{server.new_bucket()}/store", server.options)
+    return Place(f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}/store", server.options)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +168,7 @@ def _command(folder: Path, port: int) -> list[str]:
 
 def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until a bucket can be made and an object written and read back."""
-    filesystem = s3fs.S3FileSystem(**storage_options(endpoint)["s3"])
+    filesystem = _client(endpoint)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -146,6 +177,13 @@ def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> Non
             return
         time.sleep(0.2)
     raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text()[-4000:]}")
+
+
+def _client(endpoint: str) -> s3fs.S3FileSystem:
+    """A client of our own, not the one under test, that does not retry."""
+    options = storage_options(endpoint)["s3"]
+    timeouts = {"connect_timeout": 2, "read_timeout": 10, "retries": {"max_attempts": 0}}
+    return s3fs.S3FileSystem(**{**options, "config_kwargs": timeouts})
 
 
 def _answers(endpoint: str) -> bool:

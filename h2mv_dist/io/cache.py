@@ -8,6 +8,7 @@ of :mod:`h2mv_dist.variables`; ``steps-NAME`` [step]; ``lat``, ``lon``, ``mask``
 import fcntl
 import json
 import os
+import platform
 import secrets
 import shutil
 import sys
@@ -28,9 +29,10 @@ from numpy.typing import NDArray
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.grid import BoolArray, Grid, IntArray, Period, Tile
-from h2mv_dist.io.layouts import Handle
-from h2mv_dist.io.source import Frequency, Source, StepAxis
+from h2mv_dist.io.handles import Handle
+from h2mv_dist.io.source import Source
 from h2mv_dist.io.stores import explained, put_object
+from h2mv_dist.io.times import Frequency, StepAxis
 from h2mv_dist.spec import Float32Array
 
 _FORMAT: Final = 1
@@ -88,20 +90,27 @@ def default_cache() -> Path:
 def stage(source: Source, directory: Path) -> StagedCells:
     """Write every land cell of ``source`` below ``directory``, unless that was done before.
 
-    Processes of one host wait for the one that is at it. Where locks do not work across processes all of them
-    stage, the first one's folder stays, and the others use it.
+    Processes of one host wait for the one that is at it; what killed ones left is removed. Where locks do not
+    work across processes all of them stage, the first one's folder stays, and the others use it.
 
     Raises:
         DataError: forcing or static features are not finite on land.
         StoreError: the source cannot be read, or there is no room below ``directory``.
     """
-    final = directory / source.fingerprint()[:32]
+    final = directory / source.cache_key
     with explained(str(directory), _LOCAL):
         directory.mkdir(parents=True, exist_ok=True)
-        with _turn(directory / f".{final.name}.lock"):
-            if not (final / _META).exists():
+        with _turn(directory / f".{final.name}.lock") as locked:
+            if locked:
+                _remove_left_overs(final)
+            if not is_staged(directory, final.name):
                 _write_once(source, final)
     return open_staged(final)
+
+
+def is_staged(directory: Path, key: str) -> bool:
+    """Whether the cells of a source with this ``cache_key`` are complete below ``directory``."""
+    return (directory / key / _META).exists()
 
 
 def open_staged(path: Path) -> StagedCells:
@@ -153,17 +162,32 @@ def _load(path: Path, name: str, *, mapped: bool = False) -> NDArray[Any]:
 
 
 @contextmanager
-def _turn(lock: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process; without working locks, go on without."""
+def _turn(lock: Path) -> Iterator[bool]:
+    """Hold a lock that ends with this process; without working locks, go on without and say so."""
     with lock.open("w") as file:
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _unfinished(final: Path) -> str:
+    """How the names of this host's unfinished folders begin: some file systems lock for one host only."""
+    return f".{final.name}.{platform.node()}."
+
+
+def _remove_left_overs(final: Path) -> None:
+    """Delete what killed processes left; under the lock nobody else of this host is filling a folder."""
+    for path in final.parent.iterdir():
+        if path.name.startswith(_unfinished(final)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_once(source: Source, final: Path) -> None:
     """Fill a folder of our own and give it its name; whoever names it first has written the same."""
-    part = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+    part = final.with_name(_unfinished(final) + secrets.token_hex(8))
     part.mkdir()
     try:
         _write(source, part)

@@ -15,7 +15,7 @@ from h2mv_dist.config import Assignment, FoldSettings
 from h2mv_dist.errors import ConfigError, DataError, describe
 from h2mv_dist.grid import BoolArray, FloatArray, Grid, IntArray, Period
 from h2mv_dist.io.cache import Series, StagedCells
-from h2mv_dist.io.source import StepAxis
+from h2mv_dist.io.times import StepAxis
 from h2mv_dist.spec import Float32Array, Moments, Scaler, moments
 
 SEA: Final = 0

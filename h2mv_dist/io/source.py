@@ -16,11 +16,11 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.layouts import Arrays, Frequency, Handle, StepAxis, open_arrays
+from h2mv_dist.io.handles import Handle
+from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
+from h2mv_dist.io.times import StepAxis
 from h2mv_dist.spec import Float32Array, Moments, Scaler, moments
-
-__all__ = ["Frequency", "Source", "StepAxis", "open_source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +146,11 @@ class Source:
             "mask": hashlib.sha256(np.packbits(self.grid.mask).tobytes()).hexdigest(),
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
+
+    @property
+    def cache_key(self) -> str:
+        """Name of the folder the cells are staged in."""
+        return self.fingerprint()[:32]
 
     def _check_tile(self, tile: Tile) -> None:
         inside = len(tile.stop) == len(self.grid.shape) and all(

@@ -1,15 +1,20 @@
 """Stores: a URL and its options become a Zarr store, or the bytes of one object.
 
 Plain paths and ``file://`` are local; every other URL goes through fsspec with the options of its protocol.
-This module owns what can go wrong between us and a store: every failure leaves it as a :class:`StoreError`
-that says what to do and holds no credentials.
+Requests to S3 that fail for a moment (overload, a broken connection, a lost reply) are repeated for about a
+minute, see :mod:`h2mv_dist.io.s3`; the packages of other protocols have retries of their own. What fails all
+the same leaves this module as a :class:`StoreError` that says what to do and holds no credentials.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
+import random
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +27,18 @@ from zarr.storage import FsspecStore, LocalStore
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.io.failures import is_store_failure, store_error
 
 _TEMPORARY: Final = ".h2mv-part-"
-"""Prefix of the local files that are not yet in place; they are never listed."""
+"""Prefix of the local files that are not yet in place."""
+_LOCK: Final = ".h2mv-lock-"
+"""Prefix of the local files that are locked while an object is swapped; they stay."""
+_HIDDEN: Final = (_TEMPORARY, _LOCK)
+"""Local files that are no objects."""
 
-_TRANSPORTS: Final = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "s3fs", "urllib3"})
-"""Packages whose own exceptions mean that a store failed; everything else they raise is an OSError."""
-
-_UNREACHABLE: Final = re.compile(r"Endpoint|Connect|Timeout|HTTPClientError|ServerDisconnected|ClientOSError")
-_SECRET_KEY: Final = re.compile(r"key|secret|token|pass|cred|auth|sas", re.IGNORECASE)
+_LOCK_SECONDS: Final = 60.0
+_NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+_S3: Final = frozenset({"s3", "s3a"})
 _USER_INFO: Final = re.compile(r"(?<=://)[^/@]+@")
 
 
@@ -45,7 +53,10 @@ def open_store(url: str, options: StorageOptions, *, read_only: bool) -> Store:
         return LocalStore(local, read_only=read_only)
     _check_protocol(url)
     with explained(url, options):
-        return FsspecStore.from_url(url, storage_options=_protocol_options(url, options), read_only=read_only)
+        if _speaks_s3(url):
+            place = _s3(url, options, asynchronous=True)
+            return FsspecStore(place.filesystem, path=place.path, read_only=read_only)
+        return FsspecStore.from_url(url, storage_options=_given(url, options), read_only=read_only)
 
 
 def put_object(url: str, data: bytes, options: StorageOptions) -> None:
@@ -77,6 +88,64 @@ def get_object(url: str, options: StorageOptions) -> bytes:
         return bytes(place.filesystem.cat_file(place.path))
 
 
+class Versioned(NamedTuple):
+    """The bytes of an object, and what tells them from other bytes it had or will have."""
+
+    data: bytes
+    version: str
+
+
+def get_versioned(url: str, options: StorageOptions) -> Versioned | None:
+    """One small object and its version for :func:`swap_object`, or None if there is none.
+
+    Raises:
+        StoreError: the store cannot be reached or read.
+    """
+    with explained(url, options):
+        local = local_path(url)
+        if local is not None:
+            return _versioned_file(local)
+        place = _remote(url, options)
+        if _speaks_s3(url):
+            found = place.filesystem.get_versioned(place.path)
+            return None if found is None else Versioned(*found)
+        return _versioned_elsewhere(place)
+
+
+def swap_object(url: str, data: bytes, expected: str | None, options: StorageOptions) -> str | None:
+    """Replace one small object only if its version still is ``expected``; of several writers one wins.
+
+    On S3 this is one conditional PUT, race-free in every store that honours If-Match and If-None-Match (AWS,
+    SeaweedFS, MinIO; Swift checks before it writes). On a file system it is a locked check and an atomic
+    rename, race-free among all hosts for which ``flock`` works (NFS; Lustre mounted with ``flock``), else
+    only nearly so. On any other store it is a check and a put: two writers at the same moment may both win.
+
+    A reply that was lost is made up for by reading back, so ``data`` must differ from all other writers'.
+    Overwritten in between, a write of our own is reported as lost, and its bytes were current for a while.
+
+    Args:
+        url: the object.
+        data: its new bytes, unlike any others it ever had (an attempt number or random name among them).
+        expected: version from :func:`get_versioned` or an earlier swap; None if it must not exist yet.
+        options: credentials of the store.
+
+    Returns:
+        The new version, or None if somebody else was faster; then nothing was changed.
+
+    Raises:
+        StoreError: the store cannot be reached or written.
+    """
+    with explained(url, options):
+        local = local_path(url)
+        if local is not None:
+            return _swap_file(local, data, expected)
+        place = _remote(url, options)
+        if _speaks_s3(url):
+            swapped: str | None = place.filesystem.swap(place.path, data, expected)
+            return swapped
+        return _swap_elsewhere(place, data, expected)
+
+
 def exists(url: str, options: StorageOptions) -> bool:
     """Whether there is an object at ``url``, or any object below it.
 
@@ -88,7 +157,11 @@ def exists(url: str, options: StorageOptions) -> bool:
         if local is not None:
             return local.exists()
         place = _remote(url, options)
-        return bool(place.filesystem.exists(place.path))
+        try:
+            place.filesystem.info(place.path)  # exists() takes every failure for absence
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def list_objects(url: str, options: StorageOptions) -> tuple[str, ...]:
@@ -101,7 +174,7 @@ def list_objects(url: str, options: StorageOptions) -> tuple[str, ...]:
 
 
 def delete_tree(url: str, options: StorageOptions) -> None:
-    """Delete every object below ``url``; a bucket itself stays.
+    """Delete the object at ``url`` and every object below it; a bucket itself stays.
 
     Raises:
         StoreError: the store cannot be reached or written.
@@ -109,8 +182,10 @@ def delete_tree(url: str, options: StorageOptions) -> None:
     with explained(url, options):
         local = local_path(url)
         if local is not None:
-            if local.exists():
+            if local.is_dir():
                 shutil.rmtree(local)
+            else:
+                local.unlink(missing_ok=True)
             return
         place = _remote(url, options)
         names = place.filesystem.find(place.path)
@@ -157,9 +232,9 @@ def explained(url: str, options: StorageOptions) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_store_failure(error):
+        if not is_store_failure(error):
             raise
-        failure = _store_error(url, options, error)
+        failure = store_error(displayed(url), options, error, local=local_path(url) is not None)
         try:
             raise failure from None
         finally:
@@ -195,11 +270,32 @@ class _Remote(NamedTuple):
 
 def _remote(url: str, options: StorageOptions) -> _Remote:
     _check_protocol(url)
-    return _Remote(*url_to_fs(url, **_protocol_options(url, options)))
+    if _speaks_s3(url):
+        return _s3(url, options, asynchronous=False)
+    return _Remote(*url_to_fs(url, **_given(url, options)))
+
+
+def _s3(url: str, options: StorageOptions, *, asynchronous: bool) -> _Remote:
+    from h2mv_dist.io.s3 import open_filesystem
+
+    filesystem = open_filesystem(_given(url, options), asynchronous=asynchronous)
+    return _Remote(filesystem, filesystem._strip_protocol(url))
+
+
+def _speaks_s3(url: str) -> bool:
+    return _protocol(url) in _S3
+
+
+def _protocol(url: str) -> str:
+    return str(fsspec.core.split_protocol(url)[0])
+
+
+def _given(url: str, options: StorageOptions) -> dict[str, object]:
+    return dict(options.get(_protocol(url), {}))
 
 
 def _check_protocol(url: str) -> None:
-    protocol = fsspec.core.split_protocol(url)[0]
+    protocol = _protocol(url)
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
@@ -214,21 +310,15 @@ def _check_protocol(url: str) -> None:
         ) from error
 
 
-def _protocol_options(url: str, options: StorageOptions) -> dict[str, object]:
-    protocol = fsspec.core.split_protocol(url)[0]
-    given = dict(options.get(protocol, {}))
-    if protocol not in {"s3", "s3a"}:
-        return given
-    # s3fs retries by itself; botocore's retries below it would multiply. Listings change under us.
-    client = {"retries": {"max_attempts": 0}, **_mapping(given.get("config_kwargs"))}
-    return {"use_listings_cache": False, **given, "config_kwargs": client}
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def _replace_file(path: Path, data: bytes) -> None:
+    with _written_beside(path, data) as temporary:
+        temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A file in the same folder with ``data``, safe on disk; it is gone afterwards unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
@@ -236,11 +326,9 @@ def _replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -250,6 +338,88 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _versioned_file(path: Path) -> Versioned | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return Versioned(data, _content_version(data))
+
+
+def _content_version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _swap_file(path: Path, data: bytes, expected: str | None) -> str | None:
+    # Written before the check: a folder that it has itself changed is looked up anew by an NFS client.
+    with _locked(path), _written_beside(path, data) as temporary:
+        if _version_in(_versioned_file(path)) != expected:
+            return None
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    return _content_version(data)
+
+
+def _version_in(found: Versioned | None) -> str | None:
+    return None if found is None else found.version
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside ``path``; it ends with this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.parent / f"{_LOCK}{path.name}", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _wait_for_lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> None:
+    """Return with the lock, or without where the file system has none; never wait for ever."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return
+            if error.errno not in {errno.EAGAIN, errno.EACCES, errno.EINTR}:
+                raise
+        if time.monotonic() > deadline:
+            raise _lock_never_free(path)
+        time.sleep(random.SystemRandom().uniform(0.002, 0.02))
+
+
+def _lock_never_free(path: Path) -> StoreError:
+    return StoreError(
+        describe(
+            "another process does not let go of this object",
+            where=str(path),
+            expected=f"the lock {_LOCK}{path.name} within {_LOCK_SECONDS:g} s",
+            actual="still locked",
+            fix="end the process that holds it (lsof names it); perhaps it was stopped",
+        )
+    )
+
+
+def _versioned_elsewhere(place: _Remote) -> Versioned | None:
+    try:
+        data = bytes(place.filesystem.cat_file(place.path))
+    except FileNotFoundError:
+        return None
+    return Versioned(data, _content_version(data))
+
+
+def _swap_elsewhere(place: _Remote, data: bytes, expected: str | None) -> str | None:
+    if _version_in(_versioned_elsewhere(place)) != expected:
+        return None
+    place.filesystem.pipe_file(place.path, data)
+    return _content_version(data)
 
 
 def _found(url: str, options: StorageOptions) -> dict[str, str]:
@@ -266,7 +436,7 @@ def _found_local(folder: Path) -> dict[str, str]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith(_TEMPORARY):
+        if path.is_file() and not path.name.startswith(_HIDDEN):
             yield path
 
 
@@ -280,61 +450,3 @@ def _found_remote(url: str, options: StorageOptions) -> dict[str, str]:
 def _version(info: Mapping[str, object]) -> str:
     keys = ("ETag", "etag", "LastModified", "mtime", "created")
     return f"{info.get('size')}:{next((info[key] for key in keys if info.get(key) is not None), '')}"
-
-
-def _is_store_failure(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return True
-    return type(error).__module__.split(".")[0] in _TRANSPORTS
-
-
-def _store_error(url: str, options: StorageOptions, error: Exception) -> StoreError:
-    diagnosis = _diagnose(error, local=local_path(url) is not None)
-    message = describe(
-        diagnosis.what,
-        where=displayed(url),
-        expected=diagnosis.expected,
-        actual=f"{type(error).__name__}: {error}",
-        fix=diagnosis.fix,
-    )
-    return StoreError(_without_secrets(message, options))
-
-
-class _Diagnosis(NamedTuple):
-    what: str
-    expected: str
-    fix: str
-
-
-def _diagnose(error: Exception, *, local: bool) -> _Diagnosis:
-    if isinstance(error, FileNotFoundError):
-        return _Diagnosis(
-            "nothing is stored there", "an existing bucket and object", "check the URL for a typing error"
-        )
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        fix = "check the rights of this user" if local else "check key and secret in storage_options"
-        return _Diagnosis("access to the store was refused", "the right to read or write there", fix)
-    if isinstance(error, TimeoutError | ConnectionError) or _UNREACHABLE.search(type(error).__name__):
-        return _Diagnosis(
-            "the store cannot be reached",
-            "an answer from its endpoint",
-            "check that the server runs and that endpoint_url in storage_options names it",
-        )
-    return _Diagnosis(
-        "the store failed", "a complete answer", "see the reason above; check free space and quota"
-    )
-
-
-def _without_secrets(text: str, options: StorageOptions) -> str:
-    for value in _secret_values(options):
-        text = text.replace(value, "***")
-    return text
-
-
-def _secret_values(options: Mapping[str, object]) -> Iterator[str]:
-    """Every text among the options whose name says that it is secret."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _secret_values(value)
-        elif isinstance(value, str) and value and _SECRET_KEY.search(name):
-            yield value

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -18,22 +20,22 @@ from h2mv_dist.io import cache
 from h2mv_dist.io.cache import StagedCells, default_cache, open_staged, stage
 from h2mv_dist.io.source import Source, open_source
 from tests.conftest import Place
-from tests.io.test_layouts import (
+from tests.io.builders import (
     FORCING,
     LAND,
     N_DAYS,
+    TARGETS,
     Stored,
     basins,
     cf,
     open_basins,
     open_cf,
+    open_published,
     published,
     whole,
     write,
 )
-from tests.io.test_source import TARGETS, chunk_reads, counting, forget_reads, open_published
-
-__all__ = ["counting"]
+from tests.io.counting import chunk_reads, forget_reads
 
 
 @pytest.fixture
@@ -123,20 +125,46 @@ def test_another_period_or_other_names_get_a_folder_of_their_own(source: Source,
     assert len(paths) == 2
 
 
-def test_processes_that_stage_at_once_agree(source: Source, tmp_path: Path) -> None:
+def staging(source: Source, directory: Path, first: str = "") -> list[str]:
+    """A command that stages in a process of its own, and what it does before."""
     program = (
         "import sys; from pathlib import Path; from h2mv_dist.config import DataSettings, StorageOptions\n"
         "from h2mv_dist.io.cache import stage; from h2mv_dist.io.source import open_source\n"
+        f"{first}\n"
         f"s = open_source(DataSettings(url=sys.argv[1]), forcing={FORCING}, targets={TARGETS}, "
         "options=StorageOptions())\n"
         "print(stage(s, Path(sys.argv[2])).path)\n"
     )
-    command = [sys.executable, "-c", program, source.arrays.forcing[0].url, str(tmp_path / "cache")]
+    return [sys.executable, "-c", program, source.arrays.forcing[0].url, str(directory)]
+
+
+def test_processes_that_stage_at_once_agree(source: Source, tmp_path: Path) -> None:
+    command = staging(source, tmp_path / "cache")
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     printed = {run.communicate(timeout=60)[0].strip() for run in runs}
     assert all(run.returncode == 0 for run in runs)
     assert len(printed) == 1
     check(open_staged(Path(printed.pop())), source)
+
+
+def left_overs(directory: Path) -> list[str]:
+    """Unfinished folders."""
+    return [name for name in os.listdir(directory) if name.startswith(".") and not name.endswith(".lock")]
+
+
+def test_what_a_killed_process_left_is_removed(source: Source, tmp_path: Path) -> None:
+    """Folders of another key or another host may be in use: the lock is not theirs."""
+    directory = tmp_path / "cache"
+    killed = "import os; from h2mv_dist.io import cache\ncache._meta = lambda _: os.kill(os.getpid(), 9)"
+    run = subprocess.run(staging(source, directory, killed), capture_output=True, timeout=60, check=False)
+    assert run.returncode == -signal.SIGKILL
+    (unfinished,) = left_overs(directory)
+    key = unfinished[1:].split(".")[0]
+    others = {f".{key}.elsewhere.0", f".{'0' * len(key)}.{platform.node()}.0"}
+    for name in others:
+        (directory / name).mkdir()
+    check(stage(source, directory), source)
+    assert set(left_overs(directory)) == others
 
 
 def test_without_locks_the_first_folder_stays(
@@ -161,11 +189,6 @@ def test_without_locks_the_first_folder_stays(
     for s in staged:
         check(s, source)
     assert left_overs(tmp_path / "cache") == []
-
-
-def left_overs(directory: Path) -> list[str]:
-    """Unfinished folders."""
-    return [name for name in os.listdir(directory) if name.startswith(".") and not name.endswith(".lock")]
 
 
 def test_a_failed_stage_leaves_no_folder(tmp_path: Path) -> None:

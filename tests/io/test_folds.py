@@ -25,7 +25,7 @@ from h2mv_dist.io.folds import (
     make_folds,
     spatial_block_roles,
 )
-from h2mv_dist.io.source import StepAxis
+from h2mv_dist.io.times import StepAxis
 
 YEAR_1 = Period(date(2003, 1, 1), date(2004, 1, 1))
 YEAR_2 = Period(date(2004, 1, 1), date(2005, 1, 1))

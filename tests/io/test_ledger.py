@@ -8,12 +8,6 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError
 from h2mv_dist.io.ledger import Ledger, Receipt, ledger_url
 from h2mv_dist.io.stores import join, list_objects, put_object
-from tests.conftest import S3Server
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_server: S3Server) -> str:
-    return s3_server.new_bucket()
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])

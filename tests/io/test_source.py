@@ -1,22 +1,16 @@
 """Reading boxes: one suite over folders, memory and a real object store; each chunk once, several at once."""
 
 import pickle
-import threading
-import time
 import traceback
-import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import zarr
-from fsspec.implementations.memory import MemoryFileSystem
 
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource
 from h2mv_dist.errors import DataError, StoreError
@@ -24,14 +18,21 @@ from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import get_object, join, list_objects, open_store, put_object
 from tests.conftest import PLACES, SECRET, Place, S3Server, new_place, storage_options
-from tests.io.test_layouts import FIRST, FORCING, LAND, N_DAYS, Stored, cf, open_cf, published, whole, write
-
-TARGETS = ("evapotranspiration", "snow_water_equivalent")
-
-
-def open_published(place: Place, targets: tuple[str, ...] = TARGETS, **settings: Any) -> Source:
-    data = DataSettings(url=place.url, **settings)
-    return open_source(data, forcing=FORCING, targets=targets, options=place.options)
+from tests.io.builders import (
+    FIRST,
+    FORCING,
+    LAND,
+    N_DAYS,
+    TARGETS,
+    Stored,
+    cf,
+    open_cf,
+    open_published,
+    published,
+    whole,
+    write,
+)
+from tests.io.counting import CountingFileSystem, chunk_reads, forget_reads
 
 
 def open_written_cf(place: Place) -> Source:
@@ -126,54 +127,6 @@ def test_the_reference_store_reads_like_plain_zarr(shared: Path) -> None:
 
 
 # -------------------- each chunk once, several at once
-
-
-class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """fsspec's memory file system, which also counts what is read and how much at once."""
-
-    protocol = "counting"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-    reads: ClassVar[Counter[str]] = Counter()
-    at_once: ClassVar[int] = 0
-    most_at_once: ClassVar[int] = 0
-    lock: ClassVar[Any] = threading.Lock()
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        stripped: str = super()._strip_protocol(path.replace("counting://", "memory://"))
-        return stripped
-
-    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
-        kind = type(self)
-        with self.lock:
-            kind.reads[self._strip_protocol(path)] += 1
-            kind.at_once += 1
-            kind.most_at_once = max(kind.most_at_once, kind.at_once)
-        time.sleep(0.002)
-        try:
-            return bytes(super().cat_file(path, start, end, **kwargs))
-        finally:
-            with self.lock:
-                kind.at_once -= 1
-
-
-@pytest.fixture
-def counting() -> Iterator[Place]:
-    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
-    CountingFileSystem.store.clear()
-    yield Place(f"counting://{uuid.uuid4().hex}", StorageOptions())
-    CountingFileSystem.store.clear()
-
-
-def forget_reads() -> None:
-    CountingFileSystem.reads.clear()
-    CountingFileSystem.most_at_once = 0
-
-
-def chunk_reads(group: str) -> dict[str, int]:
-    """How often each chunk of a group's data was read."""
-    return {path: n for path, n in CountingFileSystem.reads.items() if f"/{group}/data/c/" in path}
 
 
 def test_aligned_tiles_read_each_chunk_once_and_several_at_once(counting: Place) -> None:

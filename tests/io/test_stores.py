@@ -1,19 +1,29 @@
 """One suite over folders, memory and a real object store."""
 
+import errno
+import fcntl
+import json
+import multiprocessing
 import os
 import pickle
 import threading
+import time
 import traceback
+import uuid
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 import zarr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError
 from h2mv_dist.io import stores
-from tests.conftest import SECRET, Place, S3Server, storage_options
+from tests.conftest import SECRET, Place, ProxiedS3, S3Server, new_place, storage_options
+from tests.fault_proxy import Fault
 
 NO_OPTIONS = StorageOptions()
 
@@ -173,6 +183,317 @@ def test_secrets_in_urls_and_paths_are_removed(tmp_path: Path) -> None:
 def test_errors_that_are_not_the_stores_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(TypeError), stores.explained(str(tmp_path), NO_OPTIONS):
         raise TypeError("a mistake of ours")
+
+
+# -------------------- a store that fails for a moment
+
+
+@pytest.fixture
+def url(s3_bucket: str) -> str:
+    """An empty place in the object store."""
+    return f"{s3_bucket}/{uuid.uuid4().hex}"
+
+
+PASSING: tuple[Fault, ...] = ("unavailable", "reset", "lose")
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_every_operation_outlasts_a_fifth_of_failures(fault_proxy: ProxiedS3, url: str, fault: Fault) -> None:
+    options = fault_proxy.options
+    names = [f"{i:02d}" for i in range(10)]
+    fault_proxy.proxy.share({fault: 0.2})
+    for name in names:
+        stores.put_object(stores.join(url, "some", name), name.encode(), options)
+        assert stores.get_object(stores.join(url, "some", name), options) == name.encode()
+        assert stores.exists(stores.join(url, "some", name), options)
+        assert not stores.exists(stores.join(url, "none", name), options)
+        assert stores.list_objects(url, options)[-1] == f"some/{name}"
+    before = stores.content_fingerprint(url, options, ("some",))
+    assert stores.content_fingerprint(url, options, ("some",)) == before
+    stores.delete_tree(url, options)
+    assert stores.list_objects(url, options) == ()
+    assert fault_proxy.proxy.faults[fault] >= 10
+
+
+@pytest.mark.parametrize("fault", [*PASSING, "truncate"])
+def test_a_zarr_array_outlasts_a_fifth_of_failures(fault_proxy: ProxiedS3, url: str, fault: Fault) -> None:
+    values = np.arange(4096.0).reshape(64, 64)
+    fault_proxy.proxy.share({fault: 0.2})
+    writable = stores.open_store(url, fault_proxy.options, read_only=False)
+    zarr.create_array(writable, data=values, chunks=(8, 8))
+    copy = pickle.loads(pickle.dumps(stores.open_store(url, fault_proxy.options, read_only=True)))
+    np.testing.assert_array_equal(zarr.open_array(copy, mode="r")[...], values)
+    assert fault_proxy.proxy.faults[fault] >= 15
+
+
+def test_all_requests_in_flight_outlast_an_outage(fault_proxy: ProxiedS3, url: str) -> None:
+    """A quota for retries, as botocore's standard mode has one, gives up when many requests fail at once."""
+    values = np.arange(160.0)
+    options = changed(fault_proxy.options, config_kwargs={"max_pool_connections": 160})
+    zarr.create_array(stores.open_store(url, options, read_only=False), data=values, chunks=(1,))
+    array = zarr.open_array(stores.open_store(url, options, read_only=True), mode="r")
+    fault_proxy.proxy.share({"unavailable": 0.5, "reset": 0.5})
+    end = threading.Timer(2.0, fault_proxy.proxy.share, [{}])
+    end.start()
+    with zarr.config.set({"async.concurrency": 160}):
+        np.testing.assert_array_equal(array[...], values)
+    end.join()
+    assert sum(fault_proxy.proxy.faults.values()) >= 150
+
+
+def test_a_body_that_ends_early_is_read_again(fault_proxy: ProxiedS3, url: str) -> None:
+    data = os.urandom(100_000)
+    stores.put_object(url, data, fault_proxy.options)
+    fault_proxy.proxy.plan("truncate", 2, "GET")
+    assert stores.get_object(url, fault_proxy.options) == data
+    assert fault_proxy.proxy.faults["truncate"] == 2
+    assert fault_proxy.proxy.body_bytes[url.removeprefix("s3:/")] == len(data)
+
+
+def test_a_silent_server_is_asked_again(fault_proxy: ProxiedS3, url: str) -> None:
+    options = changed(fault_proxy.options, config_kwargs={"read_timeout": 0.5})
+    fault_proxy.proxy.plan("stall", 2)
+    stores.put_object(url, b"x", options)
+    assert stores.get_object(url, options) == b"x"
+    assert fault_proxy.proxy.faults["stall"] == 2
+
+
+def test_a_put_whose_reply_is_lost_is_in_place(fault_proxy: ProxiedS3, url: str) -> None:
+    fault_proxy.proxy.plan("lose", 3, "PUT")
+    stores.put_object(url, b"new", fault_proxy.options)
+    assert stores.get_object(url, fault_proxy.options) == b"new"
+    assert fault_proxy.proxy.faults["lose"] == 3
+
+
+def test_objects_that_a_bulk_delete_left_are_an_error(
+    fault_proxy: ProxiedS3, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers 200 and lists them; s3fs passes over that."""
+    sent = s3fs.S3FileSystem._call_s3
+    failures = iter(["InternalError", "SlowDown", "AccessDenied"])
+
+    async def refuse(filesystem: object, method: str, *args: object, **kwargs: object) -> object:
+        if method != "delete_objects":
+            return await sent(filesystem, method, *args, **kwargs)
+        errors = [{"Key": "a", "Code": next(failures), "Message": "no"}]
+        return {"Errors": errors, "ResponseMetadata": {"HTTPStatusCode": 200}}
+
+    stores.put_object(stores.join(url, "a"), b"x", fault_proxy.options)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", refuse)
+    with pytest.raises(StoreError, match="access to the store was refused"):
+        stores.delete_tree(url, fault_proxy.options)
+    assert next(failures, None) is None
+
+
+# -------------------- a store that goes on failing
+
+
+def test_an_unreachable_endpoint_fails_within_seconds() -> None:
+    options = storage_options("http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(StoreError, match="cannot be reached"):
+        zarr_of("s3://bucket/a", options)
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("broken", ["credentials", "key", "bucket"])
+def test_a_refusal_is_not_repeated(fault_proxy: ProxiedS3, url: str, broken: str) -> None:
+    options = storage_options(fault_proxy.endpoint, secret="wrong") if broken == "credentials" else None
+    place = "s3://no-such-bucket-here/a" if broken == "bucket" else url
+    with pytest.raises(StoreError):
+        stores.get_object(place, options or fault_proxy.options)
+    asked = fault_proxy.proxy.requests
+    assert asked == {"GET": 1}
+
+
+def test_patience_ends_and_no_layer_multiplies_it(fault_proxy: ProxiedS3, url: str) -> None:
+    options = changed(fault_proxy.options, patience=1.5)
+    fault_proxy.proxy.share({"unavailable": 1.0})
+    start = time.monotonic()
+    with pytest.raises(StoreError, match=r"kept failing(.|\n)*patience") as caught:
+        stores.put_object(url, b"x", options)
+    assert time.monotonic() - start < 5
+    assert not caught.value.full
+    assert 3 <= fault_proxy.proxy.requests["PUT"] <= 8
+
+
+def test_retries_that_a_user_gives_replace_ours(fault_proxy: ProxiedS3, url: str) -> None:
+    options = changed(fault_proxy.options, config_kwargs={"retries": {"total_max_attempts": 2}})
+    fault_proxy.proxy.share({"unavailable": 1.0})
+    with pytest.raises(StoreError, match="kept failing"):
+        stores.put_object(url, b"x", options)
+    assert fault_proxy.proxy.requests["PUT"] == 2
+
+
+def test_a_bucket_that_does_not_answer_is_not_taken_for_absent(
+    fault_proxy: ProxiedS3, s3_bucket: str
+) -> None:
+    options = changed(fault_proxy.options, patience=0.2)
+    assert stores.exists(s3_bucket, options)
+    assert not stores.exists("s3://no-such-bucket-here", options)
+    fault_proxy.proxy.share({"unavailable": 1.0})
+    with pytest.raises(StoreError, match="kept failing"):
+        stores.exists(s3_bucket, options)
+
+
+# -------------------- a store without room
+
+
+def test_a_full_object_store_is_told_from_a_failing_one(fault_proxy: ProxiedS3, url: str) -> None:
+    fault_proxy.proxy.plan("full", 1, "PUT")
+    with pytest.raises(StoreError, match=r"the store is full(.|\n)*free space") as caught:
+        stores.put_object(url, b"x", fault_proxy.options)
+    assert pickle.loads(pickle.dumps(caught.value)).full
+    assert fault_proxy.proxy.requests["PUT"] == 1
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_from_a_failing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    stores.put_object(str(tmp_path / "a"), b"old", NO_OPTIONS)
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(StoreError, match="the store is full") as caught:
+        stores.put_object(str(tmp_path / "a"), b"new", NO_OPTIONS)
+    assert caught.value.full
+    assert os.listdir(tmp_path) == ["a"]
+    assert stores.get_object(str(tmp_path / "a"), NO_OPTIONS) == b"old"
+
+
+def test_other_failures_are_not_for_want_of_room(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as caught:
+        stores.get_object(str(tmp_path / "never"), NO_OPTIONS)
+    assert not caught.value.full
+
+
+# -------------------- compare and swap
+
+
+def test_a_swap_needs_the_current_version(place: Place) -> None:
+    url, options = stores.join(place.url, "state"), place.options
+    assert stores.get_versioned(url, options) is None
+    assert stores.swap_object(url, b"early", "a version of something else", options) is None
+    assert stores.get_versioned(url, options) is None
+    first = stores.swap_object(url, b"one", None, options)
+    assert first is not None
+    assert stores.get_versioned(url, options) == (b"one", first)
+    second = stores.swap_object(url, b"two", first, options)
+    assert second not in {None, first}
+    for stale in (None, first):
+        assert stores.swap_object(url, b"three", stale, options) is None
+    assert stores.get_versioned(url, options) == (b"two", second)
+    assert stores.list_objects(place.url, options) == ("state",)
+
+
+def test_a_missing_bucket_is_not_a_missing_version(s3_server: S3Server) -> None:
+    with pytest.raises(StoreError, match="nothing is stored there"):
+        stores.get_versioned("s3://no-such-bucket-here/a", s3_server.options)
+    for expected in (None, '"0"'):
+        with pytest.raises(StoreError, match="nothing is stored there"):
+            stores.swap_object("s3://no-such-bucket-here/a", b"x", expected, s3_server.options)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_swap_whose_reply_is_lost_has_won(fault_proxy: ProxiedS3, url: str, times: int) -> None:
+    options = fault_proxy.options
+    version = None
+    for data in (b"one", b"two"):
+        fault_proxy.proxy.plan("lose", times, "PUT")
+        version = stores.swap_object(url, data, version, options)
+        assert version is not None
+        assert stores.get_versioned(url, options) == (data, version)
+    assert fault_proxy.proxy.faults["lose"] == 2 * times
+
+
+def test_a_swap_that_lost_while_its_reply_was_lost_says_so(fault_proxy: ProxiedS3, url: str) -> None:
+    first = stores.swap_object(url, b"one", None, fault_proxy.options)
+    current = stores.swap_object(url, b"theirs", first, fault_proxy.options)
+    fault_proxy.proxy.plan("lose", 1, "PUT")
+    assert stores.swap_object(url, b"ours", first, fault_proxy.options) is None
+    assert stores.get_versioned(url, fault_proxy.options) == (b"theirs", current)
+    assert fault_proxy.proxy.faults["lose"] == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3", "faulty"])
+def test_racing_writers_lose_no_step(
+    kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two processes of two threads each count up; "faulty" answers a fifth of the requests with 503."""
+    place = new_place("folder" if kind == "folder" else "s3", request, tmp_path_factory)
+    options, steps = place.options, 8
+    if kind == "faulty":
+        proxied: ProxiedS3 = request.getfixturevalue("fault_proxy")
+        proxied.proxy.share({"unavailable": 0.2})
+        options = proxied.options
+    count = partial(count_up_in_threads, stores.join(place.url, "counter"), options, steps)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
+        list(processes.map(count, ("a", "b")))
+    found = stores.get_versioned(stores.join(place.url, "counter"), place.options)
+    assert found is not None
+    assert json.loads(found.data)["count"] == 2 * 2 * steps
+    if kind == "faulty":
+        assert proxied.proxy.faults["unavailable"] >= 15
+
+
+def count_up_in_threads(url: str, options: StorageOptions, steps: int, name: str) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda i: count_up(url, options, steps, f"{name}{i}"), range(2)))
+
+
+def count_up(url: str, options: StorageOptions, steps: int, name: str) -> None:
+    done = 0
+    while done < steps:
+        found = stores.get_versioned(url, options)
+        count = 0 if found is None else json.loads(found.data)["count"]
+        data = json.dumps({"count": count + 1, "by": f"{name} {uuid.uuid4()}"}).encode()
+        version = stores.swap_object(url, data, None if found is None else found.version, options)
+        done += version is not None
+
+
+def test_without_locks_a_local_swap_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    first = stores.swap_object(str(tmp_path / "a"), b"one", None, NO_OPTIONS)
+    assert first is not None
+    assert stores.swap_object(str(tmp_path / "a"), b"two", None, NO_OPTIONS) is None
+    assert stores.swap_object(str(tmp_path / "a"), b"two", first, NO_OPTIONS) is not None
+
+
+def test_a_lock_that_is_never_free_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(tmp_path / "a")
+    first = stores.swap_object(url, b"one", None, NO_OPTIONS)
+    monkeypatch.setattr(stores, "_LOCK_SECONDS", 0.1)
+    with (tmp_path / ".h2mv-lock-a").open() as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="does not let go"):
+            stores.swap_object(url, b"two", first, NO_OPTIONS)
+    assert stores.get_object(url, NO_OPTIONS) == b"one"
+    assert stores.swap_object(url, b"two", first, NO_OPTIONS) is not None
+
+
+def test_one_object_is_deleted_as_a_tree_is(place: Place) -> None:
+    for name in ("a", "ab"):
+        stores.put_object(stores.join(place.url, name), b"x", place.options)
+    stores.delete_tree(stores.join(place.url, "a"), place.options)
+    assert stores.list_objects(place.url, place.options) == ("ab",)
+
+
+def changed(options: StorageOptions, config_kwargs: object = None, **others: object) -> StorageOptions:
+    """The same options of S3 but for these."""
+    s3 = dict(options["s3"])
+    if isinstance(config_kwargs, dict) and isinstance(s3["config_kwargs"], dict):
+        s3["config_kwargs"] = s3["config_kwargs"] | config_kwargs
+    return StorageOptions({"s3": s3 | others})
+
+
+def zarr_of(url: str, options: StorageOptions) -> object:
+    with stores.explained(url, options):
+        return zarr.open_group(stores.open_store(url, options, read_only=True), mode="r")
 
 
 def assert_silent(error: StoreError, *secrets: str) -> None:

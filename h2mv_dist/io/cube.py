@@ -1,0 +1,353 @@
+"""The output cube: what it holds, how it is cut, and its arrays with their attributes; touches no store.
+
+Array axes: daily variables [time, *space], static ones [*space], constants []; ``space`` is (lat, lon) or
+(cell). With a member axis each of them starts with [member]; without one, NAME is the mean over folds and
+NAME_spread their standard deviation. Float32, NaN over sea and where nothing was written.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h2mv_dist.config import canonical_json
+from h2mv_dist.errors import ConfigError, describe
+from h2mv_dist.grid import FloatArray, Grid, Period, cell_bounds
+from h2mv_dist.variables import Variable, variable
+
+FINGERPRINT: Final = "h2mv_dist_fingerprint"
+"""Root attribute that says which model, data, grid and settings a cube was made with."""
+
+LAYOUT: Final = "h2mv_dist_layout"
+"""Root attribute that holds everything that decides which bytes a unit writes and where, as JSON."""
+
+SPREAD: Final = "_spread"
+"""Suffix of the arrays that hold the standard deviation over folds."""
+
+ONE_OWNER: Final = "two writers in one shard lose data without any error"
+"""Why shards are written whole, by one owner."""
+
+_TIME_METHODS: Final = {"mm d-1": "time: mean", "mm": "time: point (comment: end of the day)"}
+_ONLY_OF_THE_MEAN: Final = ("standard_name", "ancillary_variables")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubeLayout:
+    """What a cube holds, and how it is cut.
+
+    Chunks, shards and tiles may be larger than the grid or the period; what lies outside is never written.
+
+    Attributes:
+        grid: cells of the cube.
+        period: its days.
+        daily: variables [time, *space].
+        static: variables [*space].
+        constants: variables without axes.
+        members: fold numbers.
+        member_axis: keep every member; otherwise mean and, for more than one member, spread.
+        chunk: cells of a chunk along each spatial axis.
+        shard: cells of a shard along each spatial axis; a multiple of the chunk.
+        tile: cells of a tile along each spatial axis; a multiple of the shard.
+        chunk_days: days of a chunk.
+        shard_days: days of a shard; a multiple of the chunk's.
+        attributes: provenance for the root; holds :data:`FINGERPRINT`, and nothing that differs between runs.
+    """
+
+    grid: Grid
+    period: Period
+    daily: tuple[str, ...]
+    static: tuple[str, ...]
+    constants: tuple[str, ...]
+    members: tuple[int, ...]
+    member_axis: bool
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+    chunk_days: int
+    shard_days: int
+    tile: tuple[int, ...]
+    attributes: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        _check_axes(self)
+        _check_multiples("chunk", (*self.chunk, self.chunk_days), "shard", (*self.shard, self.shard_days))
+        _check_multiples("shard", self.shard, "tile", self.tile)
+        if not self.attributes.get(FINGERPRINT):
+            raise ConfigError(f"attributes of a cube must hold {FINGERPRINT!r}: resuming depends on it")
+
+    @property
+    def fingerprint(self) -> str:
+        """Which model, data, grid and settings the cube is made with."""
+        return self.attributes[FINGERPRINT]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of every dimension."""
+        space = dict(zip(self.grid.dims, self.grid.shape, strict=True))
+        return {"member": len(self.members), "time": self.period.n_days, **space}
+
+    def arrays_of(self, name: str) -> tuple[str, ...]:
+        """Names of the arrays that hold variable ``name``."""
+        alone = self.member_axis or len(self.members) == 1
+        return (name,) if alone else (name, name + SPREAD)
+
+
+def projected_bytes(layout: CubeLayout) -> int:
+    """Bytes of the whole cube before compression, coordinates included."""
+    return sum(array.n_bytes for array in planned_arrays(layout))
+
+
+def block_bytes(layout: CubeLayout) -> int:
+    """Bytes, before compression, that one tile writes for one time block of all daily variables."""
+    cells = prod(min(t, n) for t, n in zip(layout.tile, layout.grid.shape, strict=True))
+    days = min(layout.shard_days, layout.period.n_days)
+    arrays = sum(len(layout.arrays_of(name)) for name in layout.daily)
+    members = len(layout.members) if layout.member_axis else 1
+    return 4 * arrays * members * days * cells
+
+
+def _check_names(layout: CubeLayout) -> None:
+    names = (*layout.daily, *layout.static, *layout.constants)
+    for name in names:
+        variable(name)
+    for what, items in (("variables", names), ("members", layout.members)):
+        if len(set(items)) != len(items):
+            raise ConfigError(f"{what} of a cube are named twice: {', '.join(map(str, items))}")
+    if not names or not layout.members:
+        raise ConfigError("a cube needs at least one variable and one member (fold)")
+
+
+def _check_axes(layout: CubeLayout) -> None:
+    for setting in ("chunk", "shard", "tile"):
+        sizes: tuple[int, ...] = getattr(layout, setting)
+        if len(sizes) != len(layout.grid.dims) or min(sizes) < 1:
+            raise ConfigError(
+                describe(
+                    f"{setting} does not fit the grid",
+                    where=f"setting {setting}",
+                    expected=f"one size >= 1 for each of the axes {', '.join(layout.grid.dims)}",
+                    actual=str(sizes),
+                    fix=f"set inference.{setting} to {len(layout.grid.dims)} positive number(s)",
+                )
+            )
+
+
+def _check_multiples(
+    inner_name: str, inner: tuple[int, ...], outer_name: str, outer: tuple[int, ...]
+) -> None:
+    if all(i >= 1 and o >= 1 and o % i == 0 for i, o in zip(inner, outer, strict=True)):
+        return
+    reason = ONE_OWNER if outer_name == "tile" else "a shard is stored as whole chunks"
+    raise ConfigError(
+        describe(
+            f"{outer_name} is not a multiple of {inner_name}: {reason}",
+            where=f"settings {outer_name} and {inner_name}",
+            expected=f"{outer_name} sizes that are multiples of {inner}",
+            actual=str(outer),
+            fix=f"change inference.{outer_name} or inference.{inner_name}",
+        )
+    )
+
+
+def root_attributes(layout: CubeLayout) -> dict[str, str]:
+    """Attributes of a finished cube's root; equal for two cubes only if they are made in the same way."""
+    return {
+        "title": "Water cycle of the land surface, simulated by a hybrid model",
+        "source": "h2mv_dist",
+        **layout.attributes,
+        "Conventions": "CF-1.11",
+        LAYOUT: canonical_json(_geometry(layout)),
+    }
+
+
+def _geometry(layout: CubeLayout) -> dict[str, object]:
+    """Everything that decides which bytes a unit writes and where; compared when a run is resumed."""
+    grid = layout.grid
+    names = ("daily", "static", "constants", "members", "chunk", "shard", "tile")
+    numbers = {name: list(getattr(layout, name)) for name in names}
+    cells = {"lat": grid.lat, "lon": grid.lon, "area": grid.area, "mask": grid.mask.astype(np.float64)}
+    return {
+        **numbers,
+        "dims": list(grid.dims),
+        "shape": list(grid.shape),
+        "period": str(layout.period),
+        "member_axis": layout.member_axis,
+        "chunk_days": layout.chunk_days,
+        "shard_days": layout.shard_days,
+        **{f"{name}_sha256": _hashed(values) for name, values in cells.items()},
+    }
+
+
+def _hashed(values: FloatArray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, "<f8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedArray:
+    """One array of a cube.
+
+    Attributes:
+        name: its name.
+        dims: names of its axes.
+        shape: length of each axis.
+        dtype: type of its values.
+        attributes: CF attributes.
+        chunks: cells of a chunk along each axis.
+        shards: cells of a shard along each axis; None for an array without.
+        values: those of a coordinate; None for an output, which is written tile by tile.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    attributes: Mapping[str, str | list[int]]
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
+    values: NDArray[np.generic] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes before compression."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def planned_arrays(layout: CubeLayout) -> Iterator[PlannedArray]:
+    """Every array of a cube, coordinates first."""
+    yield from _coordinates(layout)
+    space = layout.grid.dims
+    kinds = ((layout.daily, ("time", *space)), (layout.static, space), (layout.constants, ()))
+    for names, dims in kinds:
+        for name in names:
+            yield from _outputs(layout, variable(name), dims)
+
+
+def _outputs(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> Iterator[PlannedArray]:
+    names = layout.arrays_of(quantity.name)
+    attributes = _output_attributes(layout, quantity, dims)
+    yield _output(layout, names[0], dims, attributes)
+    for name in names[1:]:
+        yield _output(layout, name, dims, _spread_attributes(attributes))
+
+
+def _output(
+    layout: CubeLayout, name: str, dims: tuple[str, ...], attributes: Mapping[str, str]
+) -> PlannedArray:
+    full = ("member", *dims) if layout.member_axis else dims
+    space = layout.grid.dims
+    chunk = {"member": 1, "time": layout.chunk_days, **dict(zip(space, layout.chunk, strict=True))}
+    # All members share a shard: a tile owns them together, and one object serves them.
+    shard = {
+        "member": len(layout.members),
+        "time": layout.shard_days,
+        **dict(zip(space, layout.shard, strict=True)),
+    }
+    return PlannedArray(
+        name=name,
+        dims=full,
+        shape=tuple(layout.sizes[d] for d in full),
+        dtype=np.dtype(np.float32),
+        attributes=attributes,
+        chunks=tuple(chunk[d] for d in full),
+        shards=tuple(shard[d] for d in full) or None,
+    )
+
+
+def _output_attributes(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> dict[str, str]:
+    """CF attributes of the array that holds a variable, or its mean over folds."""
+    attributes = quantity.cf_attributes()
+    methods = [_TIME_METHODS.get(quantity.units, "")] if "time" in dims else []
+    if len(layout.arrays_of(quantity.name)) > 1:
+        methods.append("realization: mean")
+        attributes["ancillary_variables"] = quantity.name + SPREAD
+    if any(methods):
+        attributes["cell_methods"] = " ".join(filter(None, methods))
+    if dims:
+        attributes["cell_measures"] = "area: cell_area"
+    if "cell" in dims:
+        attributes["coordinates"] = "lat lon"
+    return attributes
+
+
+def _spread_attributes(mean: Mapping[str, str]) -> dict[str, str]:
+    """Attributes of a spread; without a standard name, by which readers look for the quantity itself."""
+    kept = {name: value for name, value in mean.items() if name not in _ONLY_OF_THE_MEAN}
+    return {
+        **kept,
+        "long_name": f"spread of {mean['long_name']} over folds (standard deviation; not an uncertainty)",
+        "cell_methods": mean["cell_methods"].replace("realization: mean", "realization: standard_deviation"),
+        "comment": "Population standard deviation over models trained on different folds. It shows how much "
+        "they disagree; errors they share do not show.",
+    }
+
+
+def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
+    yield from _time(layout.period)
+    yield from _latitude_and_longitude(layout.grid)
+    grid = layout.grid
+    auxiliary = {"coordinates": "lat lon"} if grid.dims == ("cell",) else {}
+    area = {"standard_name": "cell_area", "long_name": "area of the grid cell", "units": "m2"}
+    yield _coordinate("cell_area", grid.dims, grid.area, {**area, **auxiliary})
+    mask: dict[str, str | list[int]] = {
+        "standard_name": "land_binary_mask",
+        "long_name": "land cells the model was run for",
+        "units": "1",
+        "flag_values": [0, 1],
+        "flag_meanings": "sea land",
+    }
+    yield _coordinate("land_mask", grid.dims, grid.mask.astype(np.int8), {**mask, **auxiliary})
+    if layout.member_axis:
+        member = {"standard_name": "realization", "long_name": "fold of the model", "units": "1"}
+        yield _coordinate("member", ("member",), np.asarray(layout.members, np.int64), member)
+
+
+def _time(period: Period) -> Iterator[PlannedArray]:
+    """The first instant of each day, and the bounds [time, 2] of the day."""
+    days = period.days()
+    attributes = {
+        "standard_name": "time",
+        "long_name": "day",
+        "units": "days since 1970-01-01",
+        "calendar": "proleptic_gregorian",
+        "axis": "T",
+        "bounds": "time_bnds",
+    }
+    yield _coordinate("time", ("time",), days, attributes)
+    yield _coordinate("time_bnds", ("time", "bnds"), np.stack([days, days + 1], axis=1), {})
+
+
+def _latitude_and_longitude(grid: Grid) -> Iterator[PlannedArray]:
+    """Coordinates in degrees; with bounds [n, 2] where they are axes."""
+    axes = (("lat", "latitude", "degrees_north", "Y"), ("lon", "longitude", "degrees_east", "X"))
+    for (name, long_name, units, axis), centre in zip(axes, (grid.lat, grid.lon), strict=True):
+        attributes = {"standard_name": long_name, "long_name": long_name, "units": units}
+        if grid.dims == ("cell",):
+            yield _coordinate(name, ("cell",), centre, attributes)
+            continue
+        bounds = name + "_bnds"
+        yield _coordinate(name, (name,), centre, {**attributes, "axis": axis, "bounds": bounds})
+        limit = 90.0 if name == "lat" else np.inf
+        edges = np.clip(cell_bounds(centre), -limit, limit)
+        yield _coordinate(bounds, (name, "bnds"), np.stack([edges[:-1], edges[1:]], axis=1), {})
+
+
+def _coordinate(
+    name: str,
+    dims: tuple[str, ...],
+    values: NDArray[np.generic],
+    attributes: Mapping[str, str | list[int]],
+) -> PlannedArray:
+    """An array of one chunk, written when the cube is created."""
+    return PlannedArray(
+        name=name,
+        dims=dims,
+        shape=values.shape,
+        dtype=values.dtype,
+        attributes=attributes,
+        chunks=values.shape,
+        values=values,
+    )

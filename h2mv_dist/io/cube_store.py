@@ -1,0 +1,214 @@
+"""The cube in its store: created once, known again when a run is resumed, replaced only when told to."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.errors import ZarrUserWarning
+
+from h2mv_dist.config import StorageOptions
+from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.io.cube import FINGERPRINT, LAYOUT, CubeLayout, PlannedArray, planned_arrays, root_attributes
+from h2mv_dist.io.ledger import ledger_url
+from h2mv_dist.io.stores import (
+    delete_tree,
+    displayed,
+    exists,
+    explained,
+    get_object,
+    join,
+    list_objects,
+    open_store,
+)
+
+_STATE: Final = "h2mv_dist_state"
+_UNFINISHED: Final = "metadata incomplete"
+
+
+def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite: bool) -> None:
+    """Write the metadata and coordinates of a cube, or find that exactly this cube is already there.
+
+    ``overwrite`` replaces a cube that holds something else, and its receipts; never anything but a cube.
+
+    Raises:
+        StoreError: another cube, receipts without a cube, or something that is no cube is there.
+    """
+    found = _existing(url, options)
+    wanted = root_attributes(layout)
+    differences = _differences(found.attributes, wanted) if found else ()
+    if found and not differences and found.finished:
+        return
+    if (found is None or differences) and overwrite:
+        _clear(url, options, found)
+    elif differences:
+        raise _another_cube(url, differences)
+    elif found is None:
+        _refuse_orphaned_receipts(url, options)
+    resumed = found is not None and not differences
+    with explained(url, options):
+        _write_metadata(open_store(url, options, read_only=False), layout, wanted, again=resumed)
+
+
+def require_cube(url: str, layout: CubeLayout, options: StorageOptions) -> None:
+    """Make sure that there is a finished cube of exactly this layout.
+
+    Raises:
+        StoreError: there is none, or another cube, or something that is no cube.
+    """
+    found = _existing(url, options)
+    differences = _differences(found.attributes, root_attributes(layout)) if found else ()
+    if differences:
+        raise _another_cube(url, differences)
+    if found is None or not found.finished:
+        raise StoreError(f"no complete cube at {displayed(url)}: call create_cube first")
+
+
+def consolidate(url: str, options: StorageOptions) -> None:
+    """Copy the metadata of all arrays into the root, so that a reader needs one request; done last."""
+    store = open_store(url, options, read_only=False)
+    with explained(url, options), warnings.catch_warnings():
+        # Readers without it fall back to the arrays' own metadata, so leaving the specification is safe.
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not", ZarrUserWarning)
+        zarr.consolidate_metadata(store, zarr_format=3)
+
+
+def _write_metadata(store: Store, layout: CubeLayout, attributes: Mapping[str, str], *, again: bool) -> None:
+    """Write root and arrays; the root says that it is unfinished until the last array is there.
+
+    ``again``: a creation was interrupted, so arrays may be there. They hold no results yet, because a sink
+    opens only a finished cube.
+    """
+    group = zarr.open_group(
+        store,
+        mode="a",
+        zarr_format=3,
+        attributes={**attributes, _STATE: _UNFINISHED},
+        use_consolidated=False,
+    )
+    for array in planned_arrays(layout):
+        _create_array(group, array, overwrite=again)
+    group.attrs.put(dict(attributes))
+
+
+def _create_array(group: zarr.Group, array: PlannedArray, *, overwrite: bool) -> None:
+    created = group.create_array(
+        array.name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=array.chunks,
+        shards=array.shards,
+        # Flipped bits of a ranged read go unseen without the checksum of each inner chunk.
+        compressors=(ZstdCodec(level=3), Crc32cCodec()),
+        fill_value=np.nan if array.dtype.kind == "f" else 0,
+        attributes=dict(array.attributes),
+        dimension_names=array.dims,
+        overwrite=overwrite,
+    )
+    if array.values is not None:
+        created[...] = array.values
+
+
+class _Found(NamedTuple):
+    """Root attributes of a cube that is there, and whether all of its metadata were written."""
+
+    attributes: Mapping[str, str]
+    finished: bool
+
+
+def _existing(url: str, options: StorageOptions) -> _Found | None:
+    """The cube at ``url``, or None where nothing is.
+
+    Raises:
+        StoreError: something that is not a cube is there.
+    """
+    root = join(url, "zarr.json")
+    if exists(root, options):
+        found = _parsed(get_object(root, options))
+        if found is not None:
+            return found
+    elif not list_objects(url, options):
+        return None
+    raise StoreError(
+        describe(
+            "what is there is not a cube of h2mv_dist; nothing was touched",
+            where=displayed(url),
+            expected="nothing, or a cube that an earlier run began",
+            actual=f"objects without the root attribute {FINGERPRINT}",
+            fix="choose another path, or move or delete it yourself (overwrite does not delete it)",
+        )
+    )
+
+
+def _parsed(root: bytes) -> _Found | None:
+    """Root attributes of a cube; None if the metadata are not a cube's."""
+    try:
+        attributes = json.loads(root)["attributes"]
+        json.loads(attributes[LAYOUT])
+        finished = attributes.pop(_STATE, None) is None
+        return _Found(attributes, finished) if FINGERPRINT in attributes else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
+    """One line for every root attribute or part of the layout that differs."""
+    there, here = _flat(found), _flat(wanted)
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    return tuple(
+        f"{name} ({_short(there.get(name))} there, {_short(here.get(name))} wanted)" for name in names
+    )
+
+
+def _flat(attributes: Mapping[str, str]) -> dict[str, object]:
+    layout = {f"layout.{name}": value for name, value in json.loads(attributes[LAYOUT]).items()}
+    return {**{name: value for name, value in attributes.items() if name != LAYOUT}, **layout}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _another_cube(url: str, differences: tuple[str, ...]) -> StoreError:
+    return StoreError(
+        describe(
+            "a cube with another geometry or checkpoint is already there; nothing was touched",
+            where=displayed(url),
+            expected="no cube, or one made with the same model, data and settings",
+            actual="it differs in " + ", ".join(differences),
+            fix="choose another path, or set inference.overwrite to replace it",
+        )
+    )
+
+
+def _refuse_orphaned_receipts(url: str, options: StorageOptions) -> None:
+    """Receipts of a cube that is gone would count as done what a new cube does not hold."""
+    if list_objects(ledger_url(url), options):
+        raise StoreError(
+            describe(
+                "there are receipts but no cube; nothing was touched",
+                where=displayed(ledger_url(url)),
+                expected="a cube beside its receipts",
+                actual="the cube was deleted or moved",
+                fix="put it back, delete the receipts, or set inference.overwrite",
+            )
+        )
+
+
+def _clear(url: str, options: StorageOptions, found: _Found | None) -> None:
+    """Delete a cube and its receipts; interrupted at any point, it is still known as an unfinished cube."""
+    delete_tree(ledger_url(url), options)
+    if found is None:
+        return
+    with explained(url, options):
+        group = zarr.open_group(open_store(url, options, read_only=False), mode="r+", use_consolidated=False)
+        group.attrs.put({**found.attributes, _STATE: _UNFINISHED})
+        names = sorted(group)
+    for name in names:
+        delete_tree(join(url, name), options)
+    delete_tree(url, options)

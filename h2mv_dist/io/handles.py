@@ -1,0 +1,228 @@
+"""Handles: arrays on our axes, our days and in our units, read box by box.
+
+A handle gives [time, *space], [*space] or [*space, feature], float32; ``space`` is (lat, lon) or (cell,).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import xarray as xr
+
+from h2mv_dist.config import StorageOptions
+from h2mv_dist.errors import DataError, StoreError, describe
+from h2mv_dist.grid import Period, as_date
+from h2mv_dist.io.cf import Coordinate, decode, values_of
+from h2mv_dist.io.library import Found
+from h2mv_dist.io.spaces import Space, flipped_dims, space_of
+from h2mv_dist.io.stores import explained
+from h2mv_dist.io.times import StepAxis, Times, daily_times, target_steps
+from h2mv_dist.io.units import Conversion, conversion_of
+from h2mv_dist.spec import Float32Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle:
+    """An array that can be read box by box; its axes are ours, its days those that are used.
+
+    Attributes:
+        name: variable, or static array.
+        where: store and array, for messages.
+        url: its store.
+        paths: what it is made of inside the store: the array and its coordinates, or its group.
+        variable: the decoded array, lazy, in the axis order of the store.
+        dims: the stored names of our axes, in our order.
+        chunks: cells of a shard, or of a chunk where there are none, along our axes.
+        origin: step of the store that is the first one here.
+        conversion: from the stored units to ours.
+        columns: names along the feature axis of a static array; its own name without such an axis.
+        has_features: whether the last axis is a feature axis.
+        options: how its store is opened.
+    """
+
+    name: str
+    where: str
+    url: str
+    paths: tuple[str, ...]
+    variable: xr.Variable = field(repr=False)
+    dims: tuple[str, ...]
+    chunks: tuple[int, ...]
+    origin: int
+    conversion: Conversion
+    columns: tuple[str, ...]
+    has_features: bool
+    options: StorageOptions
+
+    def read(self, *box: slice) -> Float32Array:
+        """Values of a box along our axes; axes left out are read whole.
+
+        Raises:
+            StoreError: the store cannot be read, or a chunk of it cannot be decoded.
+        """
+        along = dict(zip(self.dims, box, strict=False))
+        stored = tuple(str(d) for d in self.variable.dims)
+        lazy = self.variable[tuple(along.get(d, slice(None)) for d in stored)]
+        with explained(self.url, self.options):
+            try:
+                values = lazy.to_numpy()
+            except (RuntimeError, ValueError) as error:
+                raise StoreError(
+                    describe(
+                        "a chunk cannot be decoded",
+                        where=self.where,
+                        expected="the bytes that were written",
+                        actual=f"{type(error).__name__}: {error}",
+                        fix="write the array again, or fetch a fresh copy",
+                    )
+                ) from error
+        return self.conversion.apply(values.transpose([stored.index(d) for d in self.dims]))
+
+    def time_blocks(self, length: int, n_steps: int) -> Iterator[slice]:
+        """Cut ``length`` steps into blocks of about ``n_steps`` that start where chunks in time start."""
+        chunk = self.chunks[0]
+        block = max(n_steps // chunk, 1) * chunk
+        start = self.origin
+        edges = (start, *range(start // chunk * chunk + block, start + length, block), start + length)
+        for begin, stop in pairwise(edges):
+            yield slice(begin - start, stop - start)
+
+
+class Target(NamedTuple):
+    """A target's steps and its array [step, *space]."""
+
+    axis: StepAxis
+    handle: Handle
+
+
+def forcing_handle(found: Found, period: Period, reference: Space) -> Handle:
+    """A forcing variable, [time, *space], on the days of ``period`` and the axes of ``reference``.
+
+    Raises:
+        DataError: it is on another grid, on further axes or not daily, or its units cannot be converted.
+        StoreError: its coordinates cannot be read.
+    """
+    times, stored = daily_times(found)
+    handle = _handle(found, space_of(found), reference, (times.dim,), None)
+    first = period.first - stored.first
+    return _cut(handle, times, slice(first, first + period.n_days))
+
+
+def target_of(found: Found, period: Period, reference: Space) -> Target:
+    """A target, [step, *space], on its steps inside ``period`` and the axes of ``reference``.
+
+    Raises:
+        DataError: it has no such step, or is refused as a forcing variable would be; it may be monthly.
+        StoreError: its coordinates cannot be read.
+    """
+    times, axis = target_steps(found)
+    steps = axis.within(period)
+    if steps.stop <= steps.start:
+        raise DataError(
+            describe(
+                "a target has no step inside the days that are used",
+                where=found.where,
+                expected=f"a whole {'month' if axis.frequency == 'monthly' else 'day'} inside {period}",
+                actual=f"{as_date(int(axis.days[0]))} to {as_date(int(axis.days[-1]))}",
+                fix="choose another data.period, or leave the target out",
+            )
+        )
+    handle = _handle(found, space_of(found), reference, (times.dim,), None)
+    return Target(axis.cut(steps), _cut(handle, times, steps))
+
+
+def static_handle(found: Found, reference: Space) -> Handle:
+    """A static array, [*space] or [*space, feature], on the axes of ``reference``.
+
+    Raises:
+        DataError: it is on another grid or on further axes, or its features are not named one by one.
+        StoreError: its coordinates cannot be read.
+    """
+    space = space_of(found)
+    further = [str(d) for d in found.variable.dims if d not in space.dims]
+    feature = further[0] if len(further) == 1 else None
+    handle = _handle(found, space, reference, (), feature)
+    return replace(handle, columns=_feature_names(found, feature)) if feature else handle
+
+
+def map_handle(found: Found, reference: Space) -> Handle:
+    """An array of one value a cell, [*space], on the axes of ``reference``.
+
+    Raises:
+        DataError: it is on another grid or on further axes.
+        StoreError: its coordinates cannot be read.
+    """
+    return _handle(found, space_of(found), reference, (), None)
+
+
+def _handle(
+    found: Found, space: Space, reference: Space, leading: tuple[str, ...], last: str | None
+) -> Handle:
+    """Put an array on our axes: time and a feature axis where it has them, space as the reference has it."""
+    dims = (*leading, *space.dims, *((last,) if last else ()))
+    decoded = decode(found.array, _without_unit_axes(found, dims))
+    flips = flipped_dims(space, reference)
+    lazy = decoded[tuple(slice(None, None, -1) if d in flips else slice(None) for d in decoded.dims)]
+    coordinates = (found.path, *space.coordinate_paths)
+    return Handle(
+        name=found.name,
+        where=found.where,
+        url=found.group.url,
+        paths=(found.group.path,) if found.published else coordinates,
+        variable=lazy,
+        dims=dims,
+        chunks=_chunks(found.variable, dims),
+        origin=0,
+        conversion=conversion_of(found),
+        columns=(found.name,),
+        has_features=last is not None,
+        options=found.options,
+    )
+
+
+def _without_unit_axes(found: Found, dims: tuple[str, ...]) -> xr.Variable:
+    """Drop further axes of length one, such as a height.
+
+    Raises:
+        DataError: an axis is missing, or a further one is longer.
+    """
+    array = found.variable
+    further = [str(d) for d in array.dims if d not in dims]
+    if set(dims) - set(map(str, array.dims)) or any(array.sizes[d] != 1 for d in further):
+        raise DataError(
+            describe(
+                "an array has other axes than it should",
+                where=found.where,
+                expected=str(dims),
+                actual=str(dict(array.sizes)),
+                fix="select or average over the further axis, or name the axes in the store",
+            )
+        )
+    return array[tuple(0 if d in further else slice(None) for d in array.dims)]
+
+
+def _chunks(array: xr.Variable, dims: tuple[str, ...]) -> tuple[int, ...]:
+    """What a store hands out at once, along ``dims``."""
+    sizes = array.encoding.get("shards") or array.encoding.get("chunks") or array.shape
+    along = dict(zip(map(str, array.dims), sizes, strict=True))
+    return tuple(int(along[d]) for d in dims)
+
+
+def _cut(handle: Handle, times: Times, steps: slice) -> Handle:
+    index = tuple(steps if d == times.dim else slice(None) for d in handle.variable.dims)
+    paths = handle.paths if times.path.startswith(handle.paths[0] + "/") else (*handle.paths, times.path)
+    return replace(handle, variable=handle.variable[index], origin=steps.start, paths=paths)
+
+
+def _feature_names(found: Found, feature: str) -> tuple[str, ...]:
+    """From attribute ``names``, else a coordinate of text, else numbered."""
+    size = found.variable.sizes[feature]
+    names = found.variable.attrs.get("names", found.group.attributes.get("names"))
+    coordinate = found.group.arrays.get(feature)
+    if names is None and coordinate is not None and coordinate.dtype.kind in "OSUT":
+        names = [str(v) for v in values_of(found, Coordinate(feature, coordinate))]
+    if names is None:
+        return tuple(f"feature_{i}" for i in range(size))
+    if not isinstance(names, Sequence) or isinstance(names, str) or len(set(names)) != size:
+        raise DataError(f"{found.where} has {size} features, but the names {names!r}")
+    return tuple(map(str, names))

@@ -1,0 +1,259 @@
+"""Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
+
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from h2mv_dist.errors import DataError, describe
+from h2mv_dist.grid import IntArray, Period, as_date
+from h2mv_dist.io.cf import Coordinate, coordinate_of
+from h2mv_dist.io.library import Found, attribute
+from h2mv_dist.io.stores import explained
+
+Frequency = Literal["daily", "monthly"]
+
+_CALENDARS: Final = frozenset({"standard", "gregorian", "proleptic_gregorian"})
+_SECONDS_A_DAY: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepAxis:
+    """Steps of an observed series.
+
+    Attributes:
+        days: first day of each step, [step], days since 1970-01-01.
+        frequency: a step is a day or a calendar month.
+    """
+
+    days: IntArray
+    frequency: Frequency
+
+    def __len__(self) -> int:
+        return int(self.days.size)
+
+    def ranges(self) -> tuple[IntArray, IntArray]:
+        """First day of each step and the day after its last one, each [step].
+
+        >>> first, stop = StepAxis(np.array([31]), "monthly").ranges()  # February 1970
+        >>> int(first[0]), int(stop[0])
+        (31, 59)
+        """
+        if self.frequency == "daily":
+            return self.days, self.days + 1
+        months = self.days.astype("datetime64[D]").astype("datetime64[M]")
+        return self.days, (months + 1).astype("datetime64[D]").astype(np.int64)
+
+    def within(self, period: Period) -> slice:
+        """The steps that lie wholly inside ``period``."""
+        first, stop = self.ranges()
+        start = int(np.searchsorted(first, period.first))
+        return slice(start, max(start, int(np.searchsorted(stop, period.first + period.n_days, "right"))))
+
+    def cut(self, steps: slice) -> "StepAxis":
+        """Some of the steps."""
+        return StepAxis(self.days[steps], self.frequency)
+
+
+class Times(NamedTuple):
+    """Time stamps of an array, datetime64, [step], its time dimension and the path of the coordinate."""
+
+    dim: str
+    stamps: NDArray[np.datetime64]
+    path: str
+
+    def days(self) -> IntArray:
+        """Days since 1970-01-01; the hour does not count."""
+        return self.stamps.astype("datetime64[D]").astype(np.int64)
+
+
+def _times(found: Found) -> Times:
+    coordinate = coordinate_of(found, "time")
+    if coordinate is None or coordinate.array.ndim != 1:
+        raise DataError(
+            describe(
+                "no time coordinate",
+                where=found.where,
+                expected="a 1-D array with units such as 'days since 2001-01-01'",
+                actual=", ".join(path for path, _ in found.neighbours()) or "no coordinates",
+                fix="add it beside the array, named like its time dimension",
+            )
+        )
+    return Times(str(coordinate.array.dims[0]), _stamps(found, coordinate), coordinate.path)
+
+
+def _stamps(found: Found, coordinate: Coordinate) -> NDArray[np.datetime64]:
+    calendar = attribute(coordinate.array, "calendar", "standard").lower()
+    if calendar not in _CALENDARS:
+        raise DataError(
+            describe(
+                f"calendar {calendar!r} is not supported",
+                where=found.where,
+                expected=", ".join(sorted(_CALENDARS)),
+                actual=calendar,
+                fix="convert it (xarray: convert_calendar('standard')); a simulated day must exist",
+            )
+        )
+    reader = xr.coders.CFDatetimeCoder(time_unit="s")
+    try:
+        with explained(found.group.url, found.options):
+            decoded = xr.conventions.decode_cf_variable("time", coordinate.array, decode_times=reader)
+            stamps: NDArray[np.datetime64] = decoded.to_numpy()
+    except (ValueError, OverflowError) as error:
+        raise _unreadable_time(found, coordinate, str(error)) from error
+    if stamps.dtype.kind != "M" or np.isnat(stamps).any():
+        raise _unreadable_time(found, coordinate, f"values of type {stamps.dtype}, or missing ones")
+    return stamps
+
+
+def _unreadable_time(found: Found, coordinate: Coordinate, reason: str) -> DataError:
+    return DataError(
+        describe(
+            "the time coordinate cannot be read",
+            where=found.where,
+            expected="units such as 'days since 2001-01-01'",
+            actual=f"units {attribute(coordinate.array, 'units') or 'absent'}: {reason}",
+            fix="write CF time units",
+        )
+    )
+
+
+def daily_times(found: Found) -> tuple[Times, Period]:
+    """Time stamps of a forcing variable, which has every day exactly once, and the days they cover.
+
+    Raises:
+        DataError: a day is missing, doubled or out of order, or the time coordinate cannot be understood.
+        StoreError: it cannot be read.
+    """
+    times = _times(found)
+    days = times.days()
+    if days.size == 0:
+        raise DataError(f"{found.where} has no time step")
+    _refuse_sub_daily(found, times)
+    jumps = np.diff(days)
+    if (jumps != 1).any():
+        at = int(np.argmax(jumps != 1))
+        raise _broken_days(found, int(days[at]), int(jumps[at]))
+    return times, Period(as_date(int(days[0])), as_date(int(days[-1]) + 1))
+
+
+def _refuse_sub_daily(found: Found, times: Times) -> None:
+    """Several stamps on most days are hours, not doubled days."""
+    steps = np.diff(times.stamps.astype("datetime64[s]").astype(np.int64))
+    typical = float(np.median(steps)) if steps.size else _SECONDS_A_DAY
+    if 0 < typical < _SECONDS_A_DAY:
+        raise DataError(
+            describe(
+                "time steps are shorter than a day",
+                where=found.where,
+                expected="one step a day",
+                actual=f"steps of {typical / 3600:g} hours",
+                fix="aggregate to daily values first",
+            )
+        )
+
+
+def _broken_days(found: Found, day: int, jump: int) -> DataError:
+    if jump > 1:
+        what, actual = "a day is missing", f"no {as_date(day + 1)} after {as_date(day)}"
+    elif jump == 0:
+        what, actual = "a day is there twice", f"{as_date(day)} twice"
+    else:
+        what, actual = "days are out of order", f"{as_date(day + jump)} after {as_date(day)}"
+    return DataError(
+        describe(
+            what,
+            where=found.where,
+            expected="every day exactly once, in increasing order",
+            actual=actual,
+            fix="complete or sort the series; it must be daily, since the simulation cannot skip a day",
+        )
+    )
+
+
+def target_steps(found: Found) -> tuple[Times, StepAxis]:
+    """Time stamps of a target, and its steps: daily or monthly, gaps allowed.
+
+    Raises:
+        DataError: steps are of another length, doubled or out of order, or the time coordinate cannot be
+            understood.
+        StoreError: it cannot be read.
+    """
+    times = _times(found)
+    days = times.days()
+    if days.size == 0:
+        raise DataError(f"{found.where} has no time step")
+    _refuse_sub_daily(found, times)
+    frequency = _frequency(found, days)
+    if frequency == "monthly":
+        days = days.astype("datetime64[D]").astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
+    wrong = np.diff(days) <= 0
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise _unsorted_steps(found, frequency, int(days[at]), int(days[at + 1]))
+    return times, StepAxis(days, frequency)
+
+
+def _frequency(found: Found, days: IntArray) -> Frequency:
+    """Months where steps are mostly four weeks apart or more (a single step too), days where some are one."""
+    jumps = np.abs(np.diff(days))
+    typical = float(np.median(jumps)) if jumps.size else 30.0
+    if typical >= 28:
+        return "monthly"
+    if (jumps == 1).any():
+        return "daily"
+    raise DataError(
+        describe(
+            "a target is neither daily nor monthly",
+            where=found.where,
+            expected="a step a day or a calendar month; gaps are allowed",
+            actual=f"steps mostly {typical:g} days apart",
+            fix="average it to months first",
+        )
+    )
+
+
+def _unsorted_steps(found: Found, frequency: Frequency, before: int, after: int) -> DataError:
+    noun = "day" if frequency == "daily" else "month"
+    what = f"a {noun} is there twice" if before == after else f"{noun}s are out of order"
+    return DataError(
+        describe(
+            what,
+            where=found.where,
+            expected=f"each {noun} at most once, in increasing order",
+            actual=f"{as_date(after)} after {as_date(before)}",
+            fix="drop or sort the steps",
+        )
+    )
+
+
+def common_period(found: list[Found], wanted: Period | None) -> Period:
+    """The days that are used: ``wanted``, else all; every forcing variable has them.
+
+    Raises:
+        DataError: a variable has other days, or its time axis is refused by :func:`daily_times`.
+        StoreError: a time coordinate cannot be read.
+    """
+    periods = [daily_times(f)[1] for f in found]
+    for f, period in zip(found, periods, strict=True):
+        if wanted is None and period != periods[0]:
+            raise _other_period(
+                f, f"{periods[0]}, as {found[0].where}", period, "set data.period to common days"
+            )
+        if wanted is not None and not period.contains(wanted):
+            raise _other_period(f, f"every day of data.period = {wanted}", period, "shorten data.period")
+    return wanted or periods[0]
+
+
+def _other_period(found: Found, expected: str, actual: Period, fix: str) -> DataError:
+    return DataError(
+        describe(
+            "a forcing variable has other days",
+            where=found.where,
+            expected=expected,
+            actual=str(actual),
+            fix=fix,
+        )
+    )

@@ -1,0 +1,176 @@
+"""Creating, resuming and replacing a cube; what is not one is never touched."""
+
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import WrapperStore
+
+from h2mv_dist.config import StorageOptions
+from h2mv_dist.errors import StoreError
+from h2mv_dist.grid import Grid, Period
+from h2mv_dist.io.cube import FINGERPRINT
+from h2mv_dist.io.cube_store import create_cube
+from h2mv_dist.io.ledger import Ledger, Receipt
+from h2mv_dist.io.sink import Sink
+from h2mv_dist.io.stores import delete_tree, join, open_store, put_object
+from tests.io.cubes import DAILY, PERIOD, Case, CubePlace, fill, map_grid, map_layout
+
+
+def test_resuming_writes_nothing(case: Case) -> None:
+    place, layout = case.new_place(), case.layout
+    fill(place, layout)
+    before = place.versions()
+    create_cube(place.url, layout, place.options, overwrite=False)
+    create_cube(place.url, layout, place.options, overwrite=True)
+    assert place.versions() == before
+
+
+def moved_grid() -> Grid:
+    grid = map_grid()
+    return Grid.lat_lon(grid.lat, grid.lon + 0.25, grid.mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attributes": {FINGERPRINT: "xyz", "h2mv_dist_model": "h2mv"}}, FINGERPRINT),
+        ({"attributes": {FINGERPRINT: "abc", "h2mv_dist_model": "h2cm"}}, "h2mv_dist_model"),
+        ({"attributes": {FINGERPRINT: "abc"}}, "h2mv_dist_model"),
+        ({"period": Period(PERIOD.start, date(2000, 3, 9))}, "layout.period"),
+        ({"grid": moved_grid()}, "layout.lon_sha256"),
+        ({"members": (0, 3, 8)}, "layout.members"),
+        ({"member_axis": True}, "layout.member_axis"),
+        ({"daily": DAILY[:2]}, "layout.daily"),
+        ({"chunk_days": 4}, "layout.chunk_days"),
+    ],
+)
+def test_another_cube_is_left_alone(on_disk: CubePlace, changes: Mapping[str, Any], named: str) -> None:
+    fill(on_disk, map_layout())
+    before = on_disk.versions()
+    other = map_layout(**changes)
+    with pytest.raises(StoreError, match=rf"nothing was touched[^$]*{named}[^$]*inference\.overwrite"):
+        create_cube(on_disk.url, other, on_disk.options, overwrite=False)
+    with pytest.raises(StoreError, match=named):
+        Sink.open(on_disk.url, other, on_disk.options)
+    assert on_disk.versions() == before
+
+
+def test_overwrite_replaces_a_cube_and_its_receipts(new_cube_place: Callable[[], CubePlace]) -> None:
+    place, fresh = new_cube_place(), new_cube_place()
+    fill(place, map_layout())
+    ledger = Ledger(place.url, place.options)
+    ledger.record(Receipt("tile", "abc", "checksum", 1.0))
+    other = map_layout(period=Period(PERIOD.start, date(2000, 3, 3)), daily=("fapar",))
+    create_cube(place.url, other, place.options, overwrite=True)
+    create_cube(fresh.url, other, fresh.options, overwrite=False)
+    assert place.hashes() == fresh.hashes()
+    assert not ledger.receipts()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("notes.txt", b"mine"),
+        ("zarr.json", b"{"),
+        ("zarr.json", b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'),
+    ],
+)
+def test_what_is_not_a_cube_is_never_touched(
+    cube_place: CubePlace, name: str, data: bytes, overwrite: bool
+) -> None:
+    put_object(join(cube_place.url, name), data, cube_place.options)
+    before = cube_place.versions()
+    with pytest.raises(StoreError, match=r"not a cube of h2mv_dist; nothing was touched"):
+        create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=overwrite)
+    assert cube_place.versions() == before
+
+
+def test_receipts_of_a_lost_cube_do_not_count_for_a_new_one(cube_place: CubePlace) -> None:
+    fill(cube_place, map_layout())
+    ledger = Ledger(cube_place.url, cube_place.options)
+    ledger.record(Receipt("tile", "abc", "checksum", 1.0))
+    delete_tree(cube_place.url, cube_place.options)
+    with pytest.raises(StoreError, match="receipts but no cube"):
+        create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=False)
+    assert set(ledger.receipts()) == {"tile"}
+    create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=True)
+    assert not ledger.receipts()
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+class DyingStore(WrapperStore[Store]):
+    """A store whose process is killed before its n-th write."""
+
+    writes_left: int
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.writes_left -= 1
+        if self.writes_left < 0:
+            raise KilledError
+        await super().set(key, value)
+
+
+@pytest.mark.parametrize("n_writes", [1, 2, 3, 20])
+def test_an_interrupted_creation_is_completed(
+    tmp_path: Path, n_writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(url: str, options: StorageOptions, *, read_only: bool) -> Store:
+        store = DyingStore(open_store(url, options, read_only=read_only))
+        store.writes_left = n_writes
+        return store
+
+    broken, whole = (CubePlace(str(tmp_path / name), StorageOptions()) for name in ("broken", "whole"))
+    layout = map_layout()
+    with monkeypatch.context() as patch:
+        patch.setattr("h2mv_dist.io.cube_store.open_store", dying)
+        with pytest.raises(KilledError):
+            create_cube(broken.url, layout, broken.options, overwrite=False)
+    with pytest.raises(StoreError, match="no complete cube"):
+        Sink.open(broken.url, layout, broken.options)
+    create_cube(broken.url, layout, broken.options, overwrite=False)
+    create_cube(whole.url, layout, whole.options, overwrite=False)
+    assert broken.hashes() == whole.hashes()
+
+
+@pytest.mark.parametrize("n_deletions", [0, 1, 2, 5, 17])
+def test_an_interrupted_replacement_is_completed(
+    on_disk: CubePlace, tmp_path: Path, n_deletions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = n_deletions
+
+    def dying(url: str, options: StorageOptions) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        delete_tree(url, options)
+
+    fill(on_disk, map_layout())
+    other = map_layout(daily=("fapar",))
+    with monkeypatch.context() as patch:
+        patch.setattr("h2mv_dist.io.cube_store.delete_tree", dying)
+        with pytest.raises(KilledError):
+            create_cube(on_disk.url, other, on_disk.options, overwrite=True)
+    with pytest.raises(StoreError, match=r"layout\.daily"):
+        create_cube(on_disk.url, other, on_disk.options, overwrite=False)
+    if n_deletions > 0:
+        with pytest.raises(StoreError, match="no complete cube"):
+            Sink.open(on_disk.url, map_layout(), on_disk.options)
+    create_cube(on_disk.url, other, on_disk.options, overwrite=True)
+    whole = CubePlace(str(tmp_path / "whole.zarr"), on_disk.options)
+    create_cube(whole.url, other, whole.options, overwrite=False)
+    assert on_disk.hashes() == whole.hashes()
+
+
+def test_nothing_can_be_written_where_no_cube_is(cube_place: CubePlace) -> None:
+    with pytest.raises(StoreError, match="create_cube"):
+        Sink.open(cube_place.url, map_layout(), cube_place.options)
