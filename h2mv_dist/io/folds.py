@@ -263,6 +263,33 @@ def fit_scaler(staged: StagedCells, fold: Fold) -> Scaler:
     )
 
 
+def require_observations(staged: StagedCells, fold: Fold, role: str) -> None:
+    """Check that anything at all was observed in a role: a loss over nothing would be 0, the best there is.
+
+    Raises:
+        DataError: every target is missing for all cells and periods of the role.
+    """
+    cells = fold.cells(role)
+    if not any(_is_observed(series, fold, role, cells) for series in staged.targets.values()):
+        raise DataError(
+            describe(
+                f"nothing was observed for {role}",
+                where=f"fold {fold.index}",
+                expected=f"observations of {', '.join(staged.targets)} for some of {len(cells)} cells",
+                actual="none in the periods with this role",
+                fix="choose longer periods or more cells in folds.explicit; a month counts only as a whole",
+            )
+        )
+
+
+def _is_observed(series: Series, fold: Fold, role: str, cells: IntArray) -> bool:
+    parts = _parts(cells, series.values[:1].nbytes)
+    return any(
+        bool((np.isfinite(series.values[part]) & fold.observed(role, part, series.axis)).any())
+        for part in parts
+    )
+
+
 def _forcing_sums(staged: StagedCells, fold: Fold, cells: IntArray) -> _Sums:
     days = StepAxis(staged.period.days(), "daily")
     n_columns = staged.forcing.shape[2]

@@ -5,7 +5,7 @@ targets may hold NaN (not observed). Units are those of ``variables.py``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,11 +57,33 @@ def steps_between(first: Tensor, stop: Tensor) -> Steps:
     return Steps(days, weights)
 
 
+def _known_mean(values: Tensor) -> Tensor:
+    known = ~values.isnan()
+    return torch.where(known, values, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
 class Target(NamedTuple):
-    """Observed values [cell, step], NaN where there is none or it must not count, and their steps."""
+    """Observations of one variable.
+
+    Attributes:
+        values: [cell, step], NaN where there is none or it must not count.
+        steps: of the values.
+        known_mean: over all observations of each cell, also those that must not count here, [cell]; None
+            if all count.
+    """
 
     values: Tensor
     steps: Steps
+    known_mean: Tensor | None = None
+
+    def mean(self) -> Tensor:
+        """What anomalies of each cell refer to, [cell]; 0 where nothing was observed."""
+        return _known_mean(self.values) if self.known_mean is None else self.known_mean
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Target":
+        """Values and means changed; the same steps."""
+        mean = None if self.known_mean is None else change(self.known_mean)
+        return Target(change(self.values), self.steps, mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +110,21 @@ class Batch:
         """Number of days."""
         return self.forcing.shape[1]
 
-    def first_days(self, n_days: int) -> "Batch":
-        """The first ``n_days`` days, without targets."""
-        return replace(self, forcing=self.forcing[:, :n_days], targets={})
+    def days(self, first: int, stop: int) -> "Batch":
+        """Days from ``first`` up to ``stop``, without targets."""
+        return replace(self, forcing=self.forcing[:, first:stop], targets={})
+
+    def cells(self, first: int, stop: int) -> "Batch":
+        """Cells from ``first`` up to ``stop``, with their targets."""
+        targets = {k: t.each(lambda values: values[first:stop]) for k, t in self.targets.items()}
+        return Batch(self.forcing[first:stop], self.static[first:stop], targets)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        targets = {k: Target(t.values.to(device), t.steps.to(device)) for k, t in self.targets.items()}
+        targets = {
+            name: target.each(lambda values: values.to(device))._replace(steps=target.steps.to(device))
+            for name, target in self.targets.items()
+        }
         return Batch(self.forcing.to(device), self.static.to(device), targets)
 
 
@@ -113,6 +143,29 @@ class Result:
     static: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
     state: State
+
+    def only(self, names: Collection[str]) -> "Result":
+        """The outputs called ``names``; the same state."""
+
+        def chosen(group: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {name: value for name, value in group.items() if name in names}
+
+        return Result(chosen(self.daily), chosen(self.static), chosen(self.constants), self.state)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Result":
+        """Every output changed, in the order of :meth:`outputs`; the same state."""
+        groups = (self.daily, self.static, self.constants)
+        daily, static, constants = ({name: change(value) for name, value in g.items()} for g in groups)
+        return Result(daily, static, constants, self.state)
+
+    def outputs(self) -> list[Tensor]:
+        """All outputs: daily, static, constants."""
+        return [value for group in (self.daily, self.static, self.constants) for value in group.values()]
+
+    def cells(self, first: int, stop: int) -> "Result":
+        """Cells from ``first`` up to ``stop``."""
+        daily, static = ({k: v[first:stop] for k, v in g.items()} for g in (self.daily, self.static))
+        return Result(daily, static, self.constants, tuple(s[first:stop] for s in self.state))
 
 
 class ProcessModel(nn.Module, ABC):

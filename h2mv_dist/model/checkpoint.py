@@ -38,7 +38,7 @@ class Checkpoint:
         static_names: static features in column order.
         fold: fold it was trained on.
         settings: settings that change numbers.
-        progress: epoch, best epoch and loss.
+        progress: epoch, best epoch and loss; within an epoch also its steps so far.
         tensors: named as the module docstring says.
         versions: of the code that wrote it, see :func:`code_versions`.
     """
@@ -48,7 +48,7 @@ class Checkpoint:
     static_names: tuple[str, ...]
     fold: int
     settings: Mapping[str, Any]
-    progress: Mapping[str, float]
+    progress: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     versions: Mapping[str, str]
 

@@ -220,13 +220,13 @@ class H2MV(ProcessModel):
     ) -> tuple[dict[str, Tensor], State]:
         *columns, hidden, cell = state
         stores, memory = Stores(*(c.unsqueeze(1) for c in columns)), Memory(hidden, cell)
-        weight = self.lstm_fc.feedback_weight(self.state_scale)
+        weights = self.lstm_fc.day_weights(self.state_scale)
         recession = self.beta_baseflow.sigmoid()
         history: list[tuple[Tensor, ...]] = []
         gates = self._known_gates(forcing, condensed)
         for known, *today in zip(gates, *(w.split(1, dim=1) for w in weather), strict=True):
-            memory = self.lstm_fc.step(known, stores, memory, weight)
-            learned = _activate(self.lstm_fc.fc(memory.hidden))
+            memory = self.lstm_fc.step(known, stores, memory, weights)
+            learned = _activate(self.lstm_fc.heads(memory.hidden, weights))
             stores, fluxes = physics_day(stores, Weather(*today), learned, capacity, recession)
             history.append((*learned[:-1], *stores, *fluxes))
         names = (*Learned._fields[:-1], *Stores._fields, *Fluxes._fields)

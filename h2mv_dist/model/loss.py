@@ -25,6 +25,10 @@ class LossTerm(Protocol):
     def name(self) -> str:
         """Name in records and plots."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Outputs that the statistics are made of; no other one is kept when a batch is run in pieces."""
+
     def statistics(self, result: Result, batch: Batch) -> Tensor:
         """Sums that are additive over cells, [2]."""
 
@@ -75,6 +79,11 @@ class StepError(_MeanOverCells):
     variable: str
     std: float
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Outputs that the statistics are made of."""
+        return (self.variable,)
+
     def statistics(self, result: Result, batch: Batch) -> Tensor:
         """Sums over cells, [2]."""
         target = batch.targets[self.variable]
@@ -95,6 +104,11 @@ class SaturatingError(_MeanOverCells):
     std: float
     limit: float = SATURATION
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Outputs that the statistics are made of."""
+        return (self.variable,)
+
     def statistics(self, result: Result, batch: Batch) -> Tensor:
         """Sums over cells, [2]."""
         target = batch.targets[self.variable]
@@ -110,8 +124,8 @@ class SaturatingError(_MeanOverCells):
 class AnomalyError(_MeanOverCells):
     """Squared error of a store's anomaly.
 
-    The target refers to its own mean over the observed steps, the prediction to its mean over all
-    simulated days.
+    The target refers to its own mean over all observed steps, whatever their role, the prediction to its
+    mean over all simulated days.
     """
 
     name: str
@@ -119,15 +133,19 @@ class AnomalyError(_MeanOverCells):
     output: str
     std: float
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Outputs that the statistics are made of."""
+        return (self.output,)
+
     def statistics(self, result: Result, batch: Batch) -> Tensor:
         """Sums over cells, [2]."""
         target = batch.targets[self.variable]
         observed = ~target.values.isnan()
         known = _known(target.values, observed)
-        centre = known.sum(dim=1, keepdim=True) / observed.sum(dim=1, keepdim=True).clamp(min=1)
         store = result.daily[self.output]
         predicted = target.steps.mean(store - store.mean(dim=1, keepdim=True))
-        return cell_mean_error((predicted - (known - centre)) / self.std, observed)
+        return cell_mean_error((predicted - (known - target.mean().unsqueeze(1))) / self.std, observed)
 
 
 class LossValue(NamedTuple):
@@ -148,9 +166,18 @@ class LossSum:
         """Names of the terms, in order."""
         return tuple(term.name for term in self.terms)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Outputs that any term reads."""
+        return frozenset(name for term in self.terms for name in term.reads)
+
     def statistics(self, result: Result, batch: Batch) -> Tensor:
         """Statistics of all terms, [term, 2]; additive over cells, batches and ranks."""
         return torch.stack([term.statistics(result, batch) for term in self.terms])
+
+    def observed(self, statistics: Tensor) -> Tensor:
+        """Which terms any observation counted in, [term], bool."""
+        return statistics[:, 1] > 0
 
     def value(self, statistics: Tensor) -> LossValue:
         """The loss from summed statistics, [term, 2]."""

@@ -20,7 +20,7 @@ def spin_up(model: ProcessModel, batch: Batch, n_days: int | None) -> State:
     length = batch.n_days if n_days is None else min(n_days, batch.n_days)
     if length == 0:
         return state
-    return detach(model(batch.first_days(length), state).state)
+    return detach(model(batch.days(0, length), state).state)
 
 
 @torch.no_grad()

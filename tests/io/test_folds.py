@@ -23,6 +23,7 @@ from h2mv_dist.io.folds import (
     RoleBlock,
     fit_scaler,
     make_folds,
+    require_observations,
     spatial_block_roles,
 )
 from h2mv_dist.io.times import StepAxis
@@ -253,3 +254,15 @@ def test_a_target_without_training_values_is_named() -> None:
     staged.targets["runoff"].values[:6] = np.nan
     with pytest.raises(DataError, match=r"fold 0 trains without any value of runoff"):
         fit_scaler(staged, by_space_and_time())
+
+
+def test_a_role_in_which_nothing_was_observed_is_refused() -> None:
+    staged = staged_cells()
+    short = [
+        Assignment(role="train", cells=(0, 1)),
+        Assignment(role="validation", cells=(2, 3), periods=(Period(date(2003, 12, 5), date(2003, 12, 30)),)),
+    ]
+    (fold,) = make_folds(staged.grid, FoldSettings(explicit=(tuple(short),)))
+    require_observations(staged, fold, "train")
+    with pytest.raises(DataError, match=r"nothing was observed for validation(.|\n)*fold 0(.|\n)*runoff"):
+        require_observations(staged, fold, "validation")

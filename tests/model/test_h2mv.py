@@ -125,3 +125,23 @@ def gradient(model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
 def test_unequal_steps_average_the_right_days() -> None:
     steps = steps_between(torch.tensor([0, 3]), torch.tensor([3, 5]))
     assert steps.mean(torch.arange(6.0)[None]).tolist() == [[1.0, 3.5]]
+
+
+def test_anomalies_refer_to_all_observations_whatever_counts_in_a_role() -> None:
+    batch, model = builders.batch(gaps=0.0), builders.model()
+    with torch.no_grad():
+        result = model(batch, model.initial_state(batch.n_cells))
+    store = result.daily["terrestrial_water_storage"]
+    name = "terrestrial_water_storage_anomaly"
+    steps = batch.targets[name].steps
+    perfect = steps.mean(store)
+    role = torch.full_like(perfect, torch.nan)
+    role[:, 0] = perfect[:, 0]
+    term = next(t for t in h2mv_loss(builders.scaler()).terms if t.name == "tws")
+    whole, part = Target(perfect, steps), Target(role, steps, known_mean=perfect.mean(dim=1))
+    of_all = term.statistics(result, replace(batch, targets={name: whole}))
+    assert float(term.value(of_all)) < 1e-4
+    of_part = term.statistics(result, replace(batch, targets={name: part}))
+    assert float(term.value(of_part)) < 1e-4
+    misled = term.statistics(result, replace(batch, targets={name: Target(role, steps)}))
+    assert float(term.value(misled)) > 10 * float(term.value(of_part))
