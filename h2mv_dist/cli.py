@@ -1,21 +1,35 @@
 """The command line: parse, load settings, call one job.
 
-Exit codes: 0 done, 1 a comparison failed (``verify``), 2 wrong input or a failed job.
+Exit codes: 0 done, 1 a comparison failed (``verify``), 2 wrong input or a failed job, 130 Ctrl-C.
 """
 
+import json
+import signal
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, load
-from h2mv_dist.errors import H2mvError
+from h2mv_dist.config import (
+    Settings,
+    StorageOptions,
+    load,
+    load_cluster,
+    overridden_options,
+    revise,
+    shared_place,
+)
+from h2mv_dist.errors import ConfigError, H2mvError
 
 FAILED = 1
 WRONG_INPUT = 2
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="h2mv-dist",
@@ -26,17 +40,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cluster_app = typer.Typer(help="Workers on this machine.", no_args_is_help=True)
+cluster_app = typer.Typer(help="Workers: on this machine, its GPUs or through Slurm.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 console = Console()
 errors = Console(stderr=True)
 
-SettingsFile = Annotated[str, typer.Argument(help="Settings file (TOML); at least data.url.")]
+
+def _place(param: typer.CallbackParam, value: str | None) -> str | None:
+    """A URL or path among the arguments, as workers in other folders understand it."""
+    try:
+        return None if value is None else shared_place(value)
+    except ConfigError as error:
+        raise ConfigError(f"{param.opts[0]}: {error}") from None
+
+
+SETTINGS_HELP = "Settings file (TOML); at least data.url. `h2mv-dist settings` prints all settings."
+SettingsFile = Annotated[str, typer.Argument(help=SETTINGS_HELP)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override a setting: --set training.epochs=20. Can be repeated."),
 ]
-Job = Annotated[str, typer.Option(help="Job folder: where checkpoints, metrics and logs are kept (URL).")]
+Job = Annotated[
+    str, typer.Option(help="Job folder: where checkpoints, metrics and logs are kept (URL).", callback=_place)
+]
 Address = Annotated[
     str | None, typer.Option(help="Running Dask scheduler to use, instead of cluster.* in the settings.")
 ]
@@ -44,7 +70,9 @@ Address = Annotated[
 
 @app.command()
 def world(
-    path: Annotated[str, typer.Argument(help="Where to write the Zarr store (URL); must not exist.")],
+    path: Annotated[
+        str, typer.Argument(help="Where to write the Zarr store (URL); must not exist.", callback=_place)
+    ],
     resolution: Annotated[float, typer.Option(help="Edge of a grid cell, degrees; divides 180.")] = 4.0,
     years: Annotated[int, typer.Option(min=1, help="Whole years of weather, from 2001 on.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weather, noise and gaps.")] = 0,
@@ -60,27 +88,52 @@ def world(
 
 
 @app.command()
-def train(settings: SettingsFile, job: Job, set_: Overrides = None, address: Address = None) -> None:
-    """Train the folds of a model; run again with the same --job to resume."""
+def train(
+    settings: Annotated[str | None, typer.Argument(help=SETTINGS_HELP)] = None,
+    job: Annotated[
+        str | None, typer.Option(help="Folder (URL) for checkpoints, metrics and logs.", callback=_place)
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB", help="Go on with the job in this folder, with its settings.", callback=_place
+        ),
+    ] = None,
+    set_: Overrides = None,
+    address: Address = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="Train with each value: --sweep lr=0.005,0.01. Can be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Train with this many seeds each.")] = None,
+) -> None:
+    """Train the folds of a model: SETTINGS and --job, or --resume. The same command again goes on."""
     from h2mv_dist.display import watching_folds
     from h2mv_dist.jobs.cluster import connect
-    from h2mv_dist.jobs.training import plan_training, start_training
+    from h2mv_dist.jobs.handle import running
+    from h2mv_dist.jobs.training import job_id, plan_training, start_training
 
-    chosen, options = _settings(settings, set_, address)
-    plan = plan_training(chosen, job, options)
-    with connect(chosen.cluster) as client:
+    folder = resume or job
+    if folder is None or (settings is None) == (resume is None):
+        raise typer.BadParameter("give a settings file and --job, or --resume alone")
+    extra = [*(set_ or []), *_sweep_overrides(sweep, seeds)]
+    chosen, options = _settings(settings, extra, address, resume)
+    plan = plan_training(chosen, folder, options)
+    with connect(chosen.cluster) as client, _leaving_gracefully(chosen, folder):
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = start_training(client, plan)
+        handle = running(client, job_id("train", folder)) if resume else None
+        handle = handle or start_training(client, plan)
         with watching_folds(console) as watch:
             handle.wait(watch)
-    console.print(f"trained; checkpoints, metrics and logs: {job}", soft_wrap=True)
+    console.print(f"trained; checkpoints, metrics, logs and summary.csv: {folder}", soft_wrap=True)
 
 
 @app.command()
 def infer(
     settings: SettingsFile,
     job: Job,
-    cube: Annotated[str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.")],
+    cube: Annotated[
+        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=_place)
+    ],
     set_: Overrides = None,
     address: Address = None,
 ) -> None:
@@ -99,7 +152,42 @@ def infer(
             return
         with watching_tiles(console) as watch:
             handle.wait(watch)
-    console.print(f'finished; open it with xarray.open_zarr("{cube}")', soft_wrap=True)
+    console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    job: Annotated[str, typer.Argument(help="Training job's folder (URL).")],
+    metrics: Annotated[
+        Path | None, typer.Option(help="CSV file to write: a line for each epoch of each fold.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard's event files (needs h2mv-dist[monitor]).")
+    ] = None,
+) -> None:
+    """Hand a training job's numbers to other tools."""
+    from h2mv_dist.jobs.cluster import known_options
+    from h2mv_dist.jobs.export import metrics_table, to_tensorboard
+    from h2mv_dist.jobs.records import JobFolder
+
+    folder = JobFolder(job, known_options(StorageOptions()))
+    if metrics is None and tensorboard is None:
+        raise typer.BadParameter("say what to write: --metrics FILE.csv, --tensorboard FOLDER, or both")
+    if metrics is not None:
+        table = metrics_table(folder)
+        table.to_csv(metrics, index=False)
+        console.print(f"wrote {len(table)} epochs to {metrics}", soft_wrap=True)
+    if tensorboard is not None:
+        count = to_tensorboard(folder, tensorboard)
+        console.print(f"wrote {count} folds; look with: tensorboard --logdir {tensorboard}", soft_wrap=True)
+
+
+@app.command("settings")
+def print_settings() -> None:
+    """Print every setting with its default, to start a file: h2mv-dist settings > settings.toml."""
+    from h2mv_dist.template import settings_template
+
+    typer.echo(settings_template(), nl=False)
 
 
 @app.command()
@@ -131,29 +219,81 @@ def demo(
 
 @cluster_app.command("start")
 def start(
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
-    cuda: Annotated[bool, typer.Option(help="One worker for each GPU (needs h2mv-dist[cuda]).")] = False,
+    settings: Annotated[
+        str | None, typer.Option(help="Settings file (TOML); its [cluster] says what to start.")
+    ] = None,
+    set_: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes: cluster.workers.")] = None,
+    cuda: Annotated[
+        bool, typer.Option("--cuda", help="One worker for each GPU (needs h2mv-dist[cuda]).")
+    ] = False,
+    scheduler_file: Annotated[
+        str | None, typer.Option(help="File to leave the address in, for cluster.scheduler_file.")
+    ] = None,
 ) -> None:
-    """Keep workers running and print the address for --address; stop with Ctrl-C."""
-    from h2mv_dist.jobs.cluster import start_cluster
+    """Keep workers running and print the address for --address; stop with Ctrl-C or SIGTERM."""
+    from h2mv_dist.jobs import cluster
 
-    settings = ClusterSettings(kind="cuda" if cuda else "local", workers=workers)
-    with start_cluster(settings) as running:
+    overrides = [*(set_ or [])]
+    overrides += [] if workers is None else [f"cluster.workers={workers}"]
+    overrides += ["cluster.kind=cuda"] if cuda else []
+    chosen = load_cluster(settings, overrides)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ExitStack() as stack:
+        running = stack.enter_context(cluster.start_cluster(chosen))
+        if scheduler_file is not None:
+            stack.enter_context(cluster.scheduler_file(scheduler_file, running))
         console.print(f"scheduler: {running.scheduler_address}", soft_wrap=True)
         console.print(f"dashboard: {running.dashboard_link}", soft_wrap=True)
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            console.print("stopping")
+        stop.wait()
+        console.print("stopping")
 
 
-def _settings(path: str, overrides: list[str] | None, address: str | None) -> tuple[Settings, StorageOptions]:
+def _settings(
+    path: str | None, overrides: list[str] | None, address: str | None, resume: str | None = None
+) -> tuple[Settings, StorageOptions]:
+    """Settings of a file, or those a job was created with, under those of the command line."""
     from h2mv_dist.jobs.cluster import known_options
+    from h2mv_dist.jobs.records import JobFolder
 
     extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
-    settings, secrets = load(path, [*(overrides or []), *extra])
-    return settings, known_options(secrets)
+    changes = [*(overrides or []), *extra]
+    if resume is None:
+        settings, secrets = load(path, changes)
+        return settings, known_options(secrets)
+    options = known_options(overridden_options(changes))
+    return revise(JobFolder(resume, options).settings(), changes), options
+
+
+def _opening(cube: str) -> str:
+    """What a user types to look at a cube."""
+    protocol, is_url, _ = cube.partition("://")
+    if not is_url or protocol == "file":
+        return f'xarray.open_zarr("{cube}")'
+    options = f"the options of [storage_options.{protocol}], unless your environment has them"
+    return f'xarray.open_zarr("{cube}", storage_options={{...}}), with {options}'
+
+
+def _sweep_overrides(sweep: list[str] | None, seeds: int | None) -> list[str]:
+    from h2mv_dist.jobs.sweep import parse_sweep
+
+    axes = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in parse_sweep(sweep or []).items())
+    overrides = [f"sweep.values={{{axes}}}"] if axes else []
+    return overrides if seeds is None else [*overrides, f"sweep.seeds={seeds}"]
+
+
+@contextmanager
+def _leaving_gracefully(settings: Settings, folder: str) -> Iterator[None]:
+    """Say what becomes of the job when the user presses Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        elsewhere = settings.cluster.address or settings.cluster.scheduler_file
+        fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
+        console.print(f"{fate} with: h2mv-dist train --resume {folder}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> None:

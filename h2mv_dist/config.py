@@ -5,17 +5,22 @@ credentials: they are kept apart in :class:`StorageOptions`, which no dump, reco
 """
 
 import json
+import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PlainSerializer,
+    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -24,12 +29,101 @@ from h2mv_dist.errors import ConfigError, describe
 from h2mv_dist.grid import Period
 from h2mv_dist.variables import nearest
 
+_PASSWORD: Final = re.compile(r"(:/{1,2})(?!/)[^/:]*:(?!\d+/).*@")
+"""``://user:password@``, also where the password holds a slash; not ``://host:port/``."""
+_ONE_PROCESS: Final = (
+    "expected a place that every process reaches; given memory://, which worker processes do not share; "
+    "use a folder, or a URL such as s3://bucket/name"
+)
 
-def _parse_period(value: object) -> object:
-    return Period.parse(value) if isinstance(value, str) else value
+
+def place(text: str) -> str:
+    """A path or URL as it reads from any folder: paths become absolute, URLs stay URLs.
+
+    >>> place("s3://bucket/job"), place("/data/old/../job/"), place("file:///data//job")
+    ('s3://bucket/job', '/data/job', 'file:///data/job')
+
+    Raises:
+        ConfigError: it is empty, or holds a password.
+    """
+    if not text.strip():
+        raise ConfigError(
+            "expected a path or URL; given an empty one; say where it is: /data/x, s3://bucket/x"
+        )
+    if _PASSWORD.search(text):
+        raise ConfigError(
+            "expected a URL without a password; given one with a password, which records would show; "
+            "give user name and password as storage options, in [storage_options.PROTOCOL]"
+        )
+    protocol, is_url, path = text.partition("://")
+    if not is_url:
+        return os.path.abspath(os.path.expanduser(text))
+    return f"file://{os.path.abspath(path)}" if protocol == "file" else text
 
 
-PeriodSetting = Annotated[Period, BeforeValidator(_parse_period), PlainSerializer(str, return_type=str)]
+def shared_place(text: str) -> str:
+    """A :func:`place` that other processes can reach.
+
+    Raises:
+        ConfigError: as for :func:`place`, or it is the memory of one process.
+    """
+    if _in_memory(text):
+        raise ConfigError(_ONE_PROCESS)
+    return place(text)
+
+
+def _in_memory(text: str) -> bool:
+    return "memory://" in text
+
+
+def _local_place(text: str) -> str:
+    if "://" in text:
+        raise ConfigError(
+            "expected a folder on each host, such as /scratch/me; given a URL; give a path without ://"
+        )
+    return place(text)
+
+
+def _parse_period(value: object) -> Period:
+    if isinstance(value, Period):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(
+            f'expected a period START..END, such as "2001-01-01..2002-01-01" (END not included); '
+            f"given {_shown(value)}; write it so, in quotes"
+        )
+    return Period.parse(value)
+
+
+def _require_different(folds: tuple[int, ...]) -> tuple[int, ...]:
+    if not folds or len(set(folds)) < len(folds):
+        raise ConfigError(
+            f"expected one or more different fold numbers; given {_shown(folds)}; name each fold once, "
+            "or leave the setting out for all"
+        )
+    return folds
+
+
+def _setting(check: Callable[[Any], object]) -> Callable[[Any], object]:
+    """``check`` for pydantic, which only says the setting's name with a ValueError."""
+
+    def checked(value: Any) -> object:
+        try:
+            return check(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    return checked
+
+
+Place = Annotated[str, AfterValidator(_setting(place))]
+LocalPlace = Annotated[str, AfterValidator(_setting(_local_place))]
+PeriodSetting = Annotated[
+    Period, BeforeValidator(_setting(_parse_period)), PlainSerializer(str, return_type=str)
+]
+FoldNumbers = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_setting(_require_different))]
+Sizes = tuple[PositiveInt, ...]
+"""Cells along each spatial axis."""
 
 
 class StorageOptions(Mapping[str, Mapping[str, object]]):
@@ -40,6 +134,7 @@ class StorageOptions(Mapping[str, Mapping[str, object]]):
     """
 
     def __init__(self, options: Mapping[str, Mapping[str, object]] | None = None) -> None:
+        _require_tables({} if options is None else options)
         self._options = {protocol: dict(values) for protocol, values in (options or {}).items()}
 
     def __getitem__(self, protocol: str) -> Mapping[str, object]:
@@ -59,9 +154,28 @@ class StorageOptions(Mapping[str, Mapping[str, object]]):
         return {protocol: dict(values) for protocol, values in self.items()}
 
 
+def _require_tables(options: object) -> None:
+    values = options if isinstance(options, Mapping) else {"": options}
+    wrong = [str(name) for name, value in values.items() if not isinstance(value, Mapping)]
+    if wrong:
+        raise ConfigError(
+            describe(
+                "storage options belong to a protocol",
+                where=".".join(filter(None, (_SECRET_TABLE, wrong[0]))),
+                expected=f"a table a protocol, such as [{_SECRET_TABLE}.s3] with key and secret",
+                actual="a value without a protocol (not shown)",
+                fix=f"put it into [{_SECRET_TABLE}.PROTOCOL]; the protocol stands before :// in a URL",
+            )
+        )
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -70,7 +184,7 @@ class VariableSource(_Settings):
 
     name: str | None = None
     """Array name in the store; the variable's own name if left out."""
-    url: str | None = None
+    url: Place | None = None
     """Store, if it is not the data set's own."""
     group: str | None = None
     """Group inside the store."""
@@ -81,9 +195,10 @@ class VariableSource(_Settings):
 class DataSettings(_Settings):
     """Which data set is read, and how it is laid out."""
 
-    url: str
-    """Any fsspec URL of a Zarr store."""
+    url: Place
+    """Any fsspec URL, or path, of a Zarr store."""
     layout: Literal["published", "cf"] = "published"
+    """How arrays are named and stored: as the published model's cube, or as any CF data set."""
     variables: dict[str, VariableSource] = Field(default_factory=dict)
     """CF layout: variable -> where it is. Variables left out keep their own name."""
     static: tuple[str, ...] = ("static",)
@@ -91,13 +206,14 @@ class DataSettings(_Settings):
     mask: VariableSource | None = None
     """CF layout: the land mask (non-zero = land); without it, land is where all static are finite."""
     period: PeriodSetting | None = None
-    """Days to use; all days of the forcing if left out."""
+    """Days to use, ``"2001-01-01..2002-01-01"`` (END not included); all of the forcing's if left out."""
 
 
 class Assignment(_Settings):
     """One line of an explicit fold: these cells have this role in these periods."""
 
     role: Literal["train", "validation", "test"]
+    """What the observations of these cells and periods are for."""
     cells: tuple[int, ...] | None = None
     """Positions among the land cells, row-major; all if left out."""
     periods: tuple[PeriodSetting, ...] | None = None
@@ -108,11 +224,13 @@ class FoldSettings(_Settings):
     """How cells and periods are divided into training, validation and test."""
 
     n_folds: int = Field(10, ge=1)
+    """Number of folds."""
     block: int = Field(5, ge=1)
     """Edge of a spatial block, in cells."""
     seed: int = Field(1, ge=0)
+    """Of the blocks' distribution over folds."""
     explicit: tuple[tuple[Assignment, ...], ...] | None = None
-    """One list of assignments a fold, instead of spatial blocks."""
+    """Instead of spatial blocks, a list of ``{role, cells, periods}`` for each fold."""
 
     @property
     def count(self) -> int:
@@ -124,72 +242,131 @@ class ModelSettings(_Settings):
     """Which model, and the sizes of its networks."""
 
     name: str = "h2mv"
+    """Model, as registered."""
     hidden: int = Field(100, ge=1)
+    """Size of the LSTM's state."""
     encoder: int = Field(150, ge=1)
+    """Width of the network that condenses the static features."""
     condensed: int = Field(12, ge=1)
+    """Number of condensed static features."""
 
 
 class TrainingSettings(_Settings):
     """How folds are trained."""
 
-    folds: tuple[int, ...] | None = None
+    folds: FoldNumbers | None = None
     """Folds to train; all if left out."""
     ranks: int = Field(1, ge=1)
     """Processes a fold is trained with."""
     epochs: int = Field(5000, ge=1)
+    """Most epochs of a fold."""
     patience: int = Field(30, ge=1)
+    """Training stops when the best epoch is this many epochs ago."""
     batch_size: int = Field(256, ge=1)
     """Cells a step, over all ranks."""
     learning_rate: float = Field(0.01, gt=0)
+    """Of AdamW, at the start."""
     weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW."""
     clip_value: float = Field(0.5, gt=0)
+    """Largest value of any gradient component."""
+    plateau_epochs: int | None = Field(None, ge=1)
+    """Lower the learning rate whenever the best epoch is this many epochs ago; never if left out."""
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    """What the learning rate is multiplied with then."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' products; physics, states and weights always are float32."""
+    cells_at_once: int | None = Field(None, ge=1)
+    """Most cells a rank holds a graph for, if memory is short; its share of the batch if left out."""
+    truncation_days: int | None = Field(None, ge=1)
+    """Gradients do not flow back across multiples of so many days; over the whole period if left out."""
     spinup_days: int | None = Field(None, ge=0)
     """Days run before each simulation to fill the stores; the whole period if left out."""
     targets: tuple[str, ...] | None = None
     """Observed variables to train on; all of the model's if left out."""
     scaler: Literal["fit", "published"] = "fit"
+    """``fit``: statistics of the fold's training cells; ``published``: those in the data set."""
     seed: int = Field(0, ge=0)
-    threads: int = Field(1, ge=1)
-    """Torch threads of each rank on a CPU."""
+    """Of initial weights and the order of cells."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads of each rank on a CPU; those of its worker if left out."""
     attempts: int = Field(3, ge=1)
-    """How often a fold is started before it counts as failed."""
-    cache: str | None = None
+    """How often a fold may fail, without an epoch in between, before it counts as failed."""
+    stuck_seconds: float = Field(600.0, gt=0)
+    """A rank that takes longer for a step is considered stuck, and its gang starts again."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep the checkpoint of every so many epochs, beside the best and the last one."""
+    priority: int = 0
+    """Jobs with a higher one get workers first."""
+    cache: LocalPlace | None = None
     """Folder of each host where cells are staged; the user's cache folder if left out."""
+
+    @model_validator(mode="after")
+    def _plateau_comes_before_the_end(self) -> Self:
+        if self.plateau_epochs is not None and self.plateau_epochs >= self.patience:
+            raise ValueError(
+                f"plateau_epochs ({self.plateau_epochs}) must be less than patience ({self.patience}): "
+                "training would stop before the learning rate is lowered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_rank_has_a_cell(self) -> Self:
+        if self.batch_size < self.ranks:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be at least ranks ({self.ranks}): raise it, or use "
+                "fewer ranks"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that change numbers: without stopping limits and places."""
-        return self.model_dump(mode="json", exclude={"folds", "epochs", "patience", "attempts", "cache"})
+        elsewhere = {"attempts", "cache", "stuck_seconds", "keep_every", "priority"}
+        return self.model_dump(mode="json", exclude={"folds", "epochs", "patience", *elsewhere})
 
 
 class InferenceSettings(_Settings):
     """What an output cube holds, and how it is cut into tiles, shards and chunks."""
 
     period: PeriodSetting | None = None
-    """Days to simulate; all days of the forcing if left out."""
+    """Days to simulate, written as ``data.period``; all days of the forcing if left out."""
     outputs: tuple[str, ...] | None = None
     """Variables to write; all if left out."""
     members: Literal["spread", "all"] = "spread"
     """``spread``: mean and standard deviation over folds; ``all``: a member axis."""
-    folds: tuple[int, ...] | None = None
+    folds: FoldNumbers | None = None
     """Folds to run; every trained one if left out."""
     spinup_days: int | None = Field(None, ge=0)
     """Days run to fill the stores, from the period's start; the whole period if left out."""
     baseline: PeriodSetting | None = None
     """Days whose mean anomalies refer to; the whole period if left out."""
-    tile: tuple[int, ...] = (20, 20)
+    tile: Sizes = (20, 20)
     """Cells of a tile along each spatial axis; a multiple of the shard."""
-    shard: tuple[int, ...] = (20, 20)
+    shard: Sizes = (20, 20)
     """Cells of a shard along each spatial axis; a multiple of the chunk."""
-    chunk: tuple[int, ...] = (10, 10)
+    chunk: Sizes = (10, 10)
     """Cells of a chunk along each spatial axis."""
     shard_days: int = Field(360, ge=1)
     """Days of a shard, and of one time block in memory."""
     chunk_days: int = Field(120, ge=1)
+    """Days of a chunk."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
     attempts: int = Field(3, ge=1)
+    """How often a tile may fail before it counts as failed."""
     overwrite: bool = False
     """Replace an existing cube that holds something else."""
+
+    @model_validator(mode="after")
+    def _sizes_have_the_same_axes(self) -> Self:
+        lengths = {name: len(getattr(self, name)) for name in ("chunk", "shard", "tile")}
+        if len(set(lengths.values())) > 1 or not all(lengths.values()):
+            given = ", ".join(f"{n} for {name}" for name, n in lengths.items())
+            raise ValueError(
+                f"chunk, shard and tile need one number for each spatial axis; given {given}; "
+                "give all three the same length"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards_hold_whole_chunks(self) -> Self:
@@ -201,20 +378,95 @@ class InferenceSettings(_Settings):
         return self
 
 
+_BYTES: Final = r"[\d.]+ ?[kKMGTP]?i?B?"
+
+
+class TlsSettings(_Settings):
+    """Files that encrypt and authenticate every connection of a cluster, in both directions (PEM)."""
+
+    ca_file: str
+    """Certificates of the authority that signed the certificates of all parts of the cluster."""
+    cert: str
+    """This side's certificate."""
+    key: str
+    """Private key of that certificate."""
+
+
+class SlurmSettings(_Settings):
+    """What one Slurm job asks for; a job holds ``processes`` workers."""
+
+    queue: str | None = None
+    """Partition; Slurm's default if left out. What is left out here may stand in dask-jobqueue's own file."""
+    account: str | None = None
+    """Account that is charged; Slurm's default if left out."""
+    cores: int = Field(1, ge=1)
+    """CPU cores of a job, over all of its workers."""
+    memory: str = Field("4GiB", pattern=f"^{_BYTES}$")
+    """Memory of a job, over all of its workers."""
+    processes: int = Field(1, ge=1)
+    """Workers of a job; for ``dask_cuda.cli`` its number of GPUs."""
+    walltime: str | None = None
+    """Time limit of a job, as Slurm writes it (``01:00:00``); dask-jobqueue's 30 minutes if left out."""
+    directives: tuple[str, ...] = ()
+    """More ``#SBATCH`` options, such as ``--gres=gpu:4``."""
+    prologue: tuple[str, ...] = ()
+    """Shell lines before the workers start, such as ``module load``."""
+    log_directory: str | None = None
+    """Where the jobs' output goes; the current folder if left out."""
+    worker_command: Literal["distributed.cli.dask_worker", "dask_cuda.cli"] = "distributed.cli.dask_worker"
+    """``dask_cuda.cli`` starts one worker a GPU."""
+
+
 class ClusterSettings(_Settings):
     """Where work runs."""
 
-    kind: Literal["local", "cuda", "address"] = "local"
+    kind: Literal["auto", "local", "cuda", "address", "slurm"] = "auto"
+    """``auto``: the running scheduler if one is named, else the GPUs if there are any, else the CPU."""
     workers: int = Field(2, ge=1)
+    """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead."""
     address: str | None = None
     """Running scheduler, for ``kind = "address"``."""
-    memory_limit: str = "auto"
+    scheduler_file: str | None = None
+    """File in which a running scheduler left its address, instead of the address."""
+    threads_per_worker: int = Field(1, ge=1)
+    """Dask tasks of a worker at a time; ``training.threads`` are torch's."""
+    memory_limit: str = Field("auto", pattern=f"^(auto|{_BYTES})$")
+    """Memory of a worker, ``4GiB``; ``auto``: a share of the machine's or Slurm job's; ``0``: no limit."""
+    interface: str | None = None
+    """Network interface to listen on (``ib0``); if left out, loopback, for Slurm the default route's."""
+    port_range: str | None = Field(None, pattern=r"^\d{1,5}:\d{1,5}$")
+    """First and last port of the workers and their nannies (``3000:3026``); any free port if left out."""
+    local_directory: str | None = None
+    """Folder of the workers' scratch files; Dask's own choice if left out."""
+    tls: TlsSettings | None = None
+    """Dask's configuration (``distributed.comm.tls``) if left out."""
+    slurm: SlurmSettings = SlurmSettings()
 
     @model_validator(mode="after")
     def _address_needs_one(self) -> Self:
-        if (self.kind == "address") != (self.address is not None):
-            raise ValueError('kind = "address" and an address go together')
+        named = [place for place in (self.address, self.scheduler_file) if place is not None]
+        if len(named) > 1 or (self.kind == "address" and not named):
+            raise ValueError('kind = "address" and an address go together: give address or scheduler_file')
+        if named and self.kind not in ("auto", "address"):
+            raise ValueError(f'kind = "address" and an address go together, not kind = "{self.kind}"')
         return self
+
+    @model_validator(mode="after")
+    def _ports_for_all(self) -> Self:
+        if self.port_range is not None:
+            first, last = map(int, self.port_range.split(":"))
+            if not 0 < first < last < 65536:
+                raise ValueError("port_range is FIRST:LAST with FIRST < LAST < 65536")
+        return self
+
+
+class SweepSettings(_Settings):
+    """Several trainings in one job: every combination of values, each with every seed."""
+
+    values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Setting of training or model -> values to try, ``{"training.learning_rate" = [0.005, 0.01]}``."""
+    seeds: int = Field(1, ge=1)
+    """Seeds from ``training.seed`` on."""
 
 
 class Settings(_Settings):
@@ -226,9 +478,23 @@ class Settings(_Settings):
     training: TrainingSettings = TrainingSettings()
     inference: InferenceSettings = InferenceSettings()
     cluster: ClusterSettings = ClusterSettings()
+    sweep: SweepSettings = SweepSettings()
+
+    @model_validator(mode="after")
+    def _every_process_reaches_the_data(self) -> Self:
+        sources = {f"variables.{name}.": source for name, source in self.data.variables.items()}
+        for name, source in {"": self.data, **sources, "mask.": self.data.mask}.items():
+            if source is not None and source.url is not None and _in_memory(source.url):
+                raise ValueError(f"data.{name}url: {_ONE_PROCESS}")
+        return self
+
+
+class _ClusterSection(_Settings):
+    cluster: ClusterSettings = ClusterSettings()
 
 
 _SECRET_TABLE: Final = "storage_options"
+_S = TypeVar("_S", bound=_Settings)
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Settings, StorageOptions]:
@@ -239,11 +505,37 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Settin
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown or not valid.
     """
-    tree = _read_toml(path) if path is not None else {}
-    for override in overrides:
-        _apply(tree, override)
+    tree, where = _read(path, overrides)
     secrets = StorageOptions(tree.pop(_SECRET_TABLE, None))
-    return validate(tree, where=str(path or "command line")), secrets
+    return validate(tree, where), secrets
+
+
+def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterSettings:
+    """Read the cluster section alone; the other sections may be missing, and are not looked at.
+
+    Raises:
+        ConfigError: the file cannot be read, or a section or a cluster setting is unknown or not valid.
+    """
+    tree, where = _read(path, overrides)
+    others = {*Settings.model_fields, _SECRET_TABLE} - {"cluster"}
+    own = {name: section for name, section in tree.items() if name not in others}
+    return _built(_ClusterSection, own, where).cluster
+
+
+def revise(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Settings with ``section.key=value`` overrides; those of storage options are ignored.
+
+    Raises:
+        ConfigError: a setting is unknown or not valid.
+    """
+    changes = _changes(overrides)
+    changes.pop(_SECRET_TABLE, None)
+    return validate(_merged(to_json(settings), changes), where="command line")
+
+
+def overridden_options(overrides: Sequence[str]) -> StorageOptions:
+    """The storage options among overrides (``storage_options.s3.key=...``)."""
+    return StorageOptions(_changes(overrides).get(_SECRET_TABLE))
 
 
 def validate(tree: Mapping[str, Any], where: str) -> Settings:
@@ -252,17 +544,29 @@ def validate(tree: Mapping[str, Any], where: str) -> Settings:
     Raises:
         ConfigError: naming each wrong setting and, for an unknown one, the nearest valid name.
     """
-    try:
-        return Settings.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"settings in {where} are not valid:\n  " + "\n  ".join(lines)) from None
+    return _built(Settings, {"data": {}, **tree}, where)
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
     """Settings as a JSON-able tree that :func:`validate` reads back."""
     tree: dict[str, Any] = settings.model_dump(mode="json")
     return tree
+
+
+def _built(model: type[_S], tree: Mapping[str, Any], where: str) -> _S:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"settings in {where} are not valid (h2mv-dist settings explains all of them):"]
+        lines += [_PASSWORD.sub(r"\1***@", _explain(problem)) for problem in error.errors()]
+        raise ConfigError("\n  ".join(lines)) from None
+
+
+def _read(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The plain tree of a file and overrides, and where it is from."""
+    tree = _merged(_read_toml(path) if path is not None else {}, _changes(overrides))
+    origins = [*([str(path)] if path is not None else []), *(["the command line"] if overrides else [])]
+    return tree, " and ".join(origins) or "no file"
 
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
@@ -281,20 +585,54 @@ def _unreadable(path: str | Path, reason: str, fix: str) -> ConfigError:
             where=str(path),
             expected='a TOML file with at least [data] and url = "..."',
             actual=reason,
-            fix=f"{fix}; `h2mv-dist demo` writes a settings.toml that can be copied",
+            fix=f"{fix}; `h2mv-dist settings > settings.toml` writes one to start from",
         )
     )
 
 
+def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = (key for key in changes if _are_tables(tree.get(key), changes[key]))
+    return {**tree, **changes, **{key: _merged(tree[key], changes[key]) for key in both}}
+
+
+def _are_tables(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in the tree; the value is TOML, or a plain string."""
-    key, separator, text = override.partition("=")
+    key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not section.key=value")
-    *sections, last = key.strip().split(".")
-    for section in sections:
+        name = re.match(r"[\w.]*", key)
+        raise _unreadable_override(
+            f"--set {name and name[0]}...", "no name before =" if separator else "no ="
+        )
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections, 1):
         tree = tree.setdefault(section, {})
-    tree[last] = _toml_value(text.strip())
+        if not isinstance(tree, dict):
+            earlier = ".".join(sections[:depth])
+            raise _unreadable_override(f"--set {key}=...", f"{earlier} was set to a value before")
+    tree[last] = _toml_value(text)
+
+
+def _unreadable_override(where: str, actual: str) -> ConfigError:
+    return ConfigError(
+        describe(
+            "cannot read an override",
+            where=where,
+            expected="section.key=value, such as training.epochs=20, in a section that is a table",
+            actual=f"{actual} (its value is not shown)",
+            fix="correct it, or drop one of two overrides that contradict each other",
+        )
+    )
 
 
 def _toml_value(text: str) -> Any:
@@ -304,23 +642,61 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+_EXPECTED: Final = {
+    "missing": "a value",
+    "model_type": "a table of settings",
+    "dict_type": "a table",
+    "tuple_type": 'a list, such as [0, 1] or ["a", "b"]',
+}
+"""What to expect where pydantic speaks of Python's types."""
+_WORDS: Final = {"Input should be ": "", "String should match": "text that matches"}
+
+
 def _explain(problem: Any) -> str:
+    """One line: the setting, what was expected, what was given (never what may be a secret), what to do."""
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
+    name, kind, message = ".".join(location), problem["type"], problem["msg"]
+    if kind == "extra_forbidden":
         return f"{name}: unknown setting; {nearest(location[-1], _valid_names(location[:-1]))}"
-    return f"{name}: {problem['msg']}"
+    if kind == "value_error":
+        return ": ".join(filter(None, (name, message.removeprefix("Value error, "))))
+    for words, ours in _WORDS.items():
+        message = message.replace(words, ours)
+    given = "nothing" if kind == "missing" else _shown(problem["input"])
+    fix = "add it" if kind == "missing" else "correct it"
+    return f"{name}: expected {_EXPECTED.get(kind, message)}; given {given}; {fix}"
+
+
+def _shown(value: object) -> str:
+    """A value in a message; of tables not even the keys."""
+    if isinstance(value, Mapping):
+        return "a table"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else as_toml(value)
+
+
+def as_toml(value: object) -> str:
+    """A default, or any other value that is no table with keys.
+
+    >>> print(as_toml(("a", 1, True)))
+    ["a", 1, true]
+    """
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _valid_names(sections: Sequence[str]) -> tuple[str, ...]:
     model: type[BaseModel] = Settings
     for section in sections:
-        annotation = model.model_fields[section].annotation if section in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
+        field = model.model_fields.get(section)
+        model = (field and model_inside(field.annotation)) or model
     names = tuple(model.model_fields)
     return (*names, _SECRET_TABLE) if model is Settings else names
+
+
+def model_inside(annotation: Any) -> type[BaseModel] | None:
+    """The settings an annotation holds, whatever is around them (None, a dict, tuples)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := model_inside(inner))), None)
 
 
 def canonical_json(record: object) -> str:

@@ -18,11 +18,12 @@ from h2mv_dist.config import Settings, StorageOptions, load
 from h2mv_dist.display import watching_folds, watching_tiles
 from h2mv_dist.io.cache import StagedCells, stage
 from h2mv_dist.io.source import open_source
+from h2mv_dist.io.stores import delete_tree, exists
 from h2mv_dist.jobs.cluster import connect
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import chosen_folds, submit_training
-from h2mv_dist.jobs.worlds import loss_floor, make_world
+from h2mv_dist.jobs.worlds import loss_floor, make_world, truth_url
 from h2mv_dist.model.registry import model_kind
 
 RESOLUTION: Final = 6.0
@@ -70,7 +71,8 @@ def run_demo(path: str, console: Console) -> Path:
     folder = Path(path).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "settings.toml"
-    settings_file.write_text(SETTINGS.format(folder=folder))
+    if not settings_file.exists():
+        settings_file.write_text(SETTINGS.format(folder=folder))
     settings, options = load(settings_file)
     job, cube = str(folder / "job"), str(folder / "cube.zarr")
     _make_world_once(settings.data.url, options, console)
@@ -78,15 +80,17 @@ def run_demo(path: str, console: Console) -> Path:
         console.print(f"Dask dashboard: {client.dashboard_link}", soft_wrap=True)
         _train(client, settings, job, options, console)
         _infer(client, settings, job, cube, options, console)
-    page = _report(folder, settings, job, cube, options)
+    page = _report(folder, settings, job, cube, options, console)
     console.print(f"finished in {time.monotonic() - started:.0f} s; look at {page}", soft_wrap=True)
     return page
 
 
 def _make_world_once(url: str, options: StorageOptions, console: Console) -> None:
-    if Path(url).exists():
+    if exists(truth_url(url), options):
         console.print(f"world: {url} (already there)", soft_wrap=True)
         return
+    # what is there without its truth, which is written last, was interrupted
+    delete_tree(url, options)
     made = make_world(url, resolution=RESOLUTION, years=YEARS, seed=SEED, options=options)
     console.print(f"world: {made.n_land} land cells, {made.period}, in {url}", soft_wrap=True)
 
@@ -108,9 +112,15 @@ def _infer(
             handle.wait(watch)
 
 
-def _report(folder: Path, settings: Settings, job: str, cube: str, options: StorageOptions) -> Path:
+def _report(
+    folder: Path, settings: Settings, job: str, cube: str, options: StorageOptions, console: Console
+) -> Path:
     staged = _staged(settings, options)
     curves = [_curve(settings, staged, job, fold, options) for fold in chosen_folds(settings)]
+    for curve in curves:
+        best = min(loss for loss in curve.valid_loss if loss is not None)
+        ratio = best / curve.floor if curve.floor else float("nan")
+        console.print(f"fold {curve.fold}: validation loss {best:.3f}, {ratio:.2f} x its floor")
     with xr.open_zarr(cube) as opened:
         return write_report(
             folder / "report.html",

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from h2mv_dist.config import load, to_json, validate
+from h2mv_dist.cli import _opening, app
+from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, load, to_json, validate
 from h2mv_dist.errors import ConfigError
+from h2mv_dist.template import settings_template
 
 SECRET = "hush-hush-canary"
 
@@ -73,11 +75,120 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
     assert run("verify", str(tmp_path / "cut.npz")).returncode == 2
 
 
-@pytest.mark.parametrize("command", ["world", "train", "infer", "verify", "demo", "cluster"])
+@pytest.mark.parametrize("command", ["world", "train", "infer", "settings", "verify", "demo", "cluster"])
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+    if command in ("train", "infer"):
+        assert "h2mv-dist settings" in " ".join(done.stdout.split())
+
+
+def test_the_printed_settings_are_a_start(tmp_path: Path) -> None:
+    done = run("settings")
+    assert done.returncode == 0
+    assert done.stdout == settings_template()
+    (tmp_path / "settings.toml").write_text(done.stdout)
+    done = run("train", str(tmp_path / "settings.toml"), "--job", str(tmp_path / "job"))
+    assert "data.url: expected a path or URL; given an empty one" in done.stderr
+
+
+class PlannedError(Exception):
+    """Stands for what comes after reading the arguments."""
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
+    """What the commands would plan: settings, and the job folder or store."""
+    seen: list[tuple[Settings, str]] = []
+
+    def plan(settings: Settings, folder: str, options: StorageOptions) -> None:
+        seen.append((settings, folder))
+        raise PlannedError
+
+    monkeypatch.setattr("h2mv_dist.jobs.training.plan_training", plan)
+    monkeypatch.setattr("h2mv_dist.jobs.inference.plan_inference", plan)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("job", "{cwd}/job"),
+        ("../x/./job/", "{parent}/x/job"),
+        ("~/job", "{home}/job"),
+        ("file:///x/../job", "file:///job"),
+        ("s3://bucket/job", "s3://bucket/job"),
+    ],
+)
+def test_places_do_not_depend_on_the_folder(
+    given: str, meant: str, plans: list[tuple[Settings, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meant = meant.format(cwd=tmp_path, parent=tmp_path.parent, home=Path.home())
+    Path("settings.toml").write_text(
+        f'[data]\nurl = "{given}"\n[data.variables.runoff]\nurl = "{given}"\n[data.mask]\nurl = "{given}"\n'
+    )
+    for command in (["train"], ["infer", "--cube", given]):
+        with pytest.raises(PlannedError):
+            app([*command, "settings.toml", "--job", given], standalone_mode=False)
+    for settings, folder in plans:
+        data = settings.data
+        assert data.mask is not None
+        assert (folder, data.url, data.variables["runoff"].url, data.mask.url) == (meant,) * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (f"ftp://me:{SECRET}@host/x", "expected a URL without a password"),
+        (f"ftp://me:a/@{SECRET}@host/x", "expected a URL without a password"),
+        ("memory://x", "which worker processes do not share"),
+        ("", "given an empty one"),
+    ],
+)
+def test_unusable_places_are_refused(wrong: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nurl = "x"\n')
+    infer = ["infer", str(file)]
+    for command in (
+        ["train", str(file), "--job", wrong],
+        ["train", "--resume", wrong],
+        [*infer, "--job", wrong, "--cube", "c"],
+        [*infer, "--job", "j", "--cube", wrong],
+        ["world", wrong],
+    ):
+        with pytest.raises(ConfigError, match=reason) as refused:
+            app(command, standalone_mode=False)
+        named = "path" if command[0] == "world" else command[command.index(wrong) - 1]
+        assert str(refused.value).startswith(f"{named}: ")
+        assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("cube", "options"),
+    [("/data/c.zarr", False), ("file:///c", False), ("s3://b/c", True), ("gs://b/c", True)],
+)
+def test_how_to_open_a_cube(cube: str, options: bool) -> None:
+    text = _opening(cube)
+    assert text.startswith(f'xarray.open_zarr("{cube}"')
+    assert ("storage_options" in text) is options
+
+
+def test_a_cluster_needs_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[ClusterSettings] = []
+
+    def start_cluster(settings: ClusterSettings) -> None:
+        asked.append(settings)
+        raise PlannedError
+
+    monkeypatch.setattr("h2mv_dist.jobs.cluster.start_cluster", start_cluster)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    file = tmp_path / "settings.toml"
+    file.write_text("[cluster]\nthreads_per_worker = 2\n")
+    with pytest.raises(PlannedError):
+        app(["cluster", "start", "--settings", str(file), "--workers", "3"], standalone_mode=False)
+    assert asked == [ClusterSettings(threads_per_worker=2, workers=3)]
 
 
 def test_overrides_win_and_secrets_stay_apart(tmp_path: Path) -> None:

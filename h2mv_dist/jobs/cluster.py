@@ -1,56 +1,257 @@
-"""From cluster settings to a connected Dask client with the coordinator installed."""
+"""From cluster settings to a connected Dask client with the coordinator installed.
 
+Nothing listens beyond this machine unless an interface, or Slurm, is asked for.
+"""
+
+import json
+import logging
+import os
+import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import dask
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
+from distributed.utils import LoopRunner, get_ip, get_ip_interface
+from tornado.ioloop import IOLoop
 
-from h2mv_dist.config import ClusterSettings, StorageOptions
+from h2mv_dist.config import ClusterSettings, StorageOptions, TlsSettings
 from h2mv_dist.errors import JobError, describe
-from h2mv_dist.jobs.gang import Coordinator
+from h2mv_dist.jobs.preload import READY_HANDLER, InstalledCoordinator
+from h2mv_dist.jobs.slurm import slurm_cluster
 
 CONNECT_SECONDS: Final = 30
 LOOPBACK: Final = "127.0.0.1"
+PRELOAD: Final = "h2mv_dist.jobs.preload"
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[Client]:
-    """A client of a fresh local cluster (closed at the end) or of a running scheduler (left alone)."""
+    """A client of a fresh cluster (closed at the end) or of a running scheduler (left alone).
+
+    Raises:
+        JobError: the cluster cannot be started or reached, or does not take the coordinator.
+    """
     with ExitStack() as stack:
-        target: Any = settings.address
-        if settings.kind != "address":
-            target = stack.enter_context(start_cluster(settings))
-        yield install(stack.enter_context(_client(target)))
+        if chosen_kind(settings) == "address":
+            client = stack.enter_context(_client(_running_scheduler(settings), _security(settings.tls)))
+        else:
+            cluster = stack.enter_context(start_cluster(settings))
+            client = stack.enter_context(_client(cluster, cluster.security))
+            planned = len(cluster.plan)
+            if n_workers(client) < planned:
+                _log.warning("waiting for %d workers; dashboard: %s", planned, client.dashboard_link)
+                cluster.wait_for_workers(planned)
+        yield install(client)
+
+
+def chosen_kind(settings: ClusterSettings) -> Literal["local", "cuda", "address", "slurm"]:
+    """What ``auto`` stands for here and now."""
+    if settings.kind != "auto":
+        return settings.kind
+    if settings.address is not None or settings.scheduler_file is not None:
+        return "address"
+    return "cuda" if no_gpu_because() is None else "local"
+
+
+def no_gpu_because() -> str | None:
+    """Why workers started here would see no GPU; None if they would.
+
+    CUDA is not initialised: a process with a CUDA context cannot be the parent of GPU workers.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and listed.strip() in ("", "-1"):
+        return f'CUDA_VISIBLE_DEVICES = "{listed}"'
+    if (problem := _nvml_problem()) is not None:
+        return problem
+    import torch
+
+    return None if torch.version.cuda is not None else f"torch {torch.__version__} is built without CUDA"
+
+
+def _nvml_problem() -> str | None:
+    try:
+        import pynvml
+    except ImportError:
+        return "the package nvidia-ml-py, which comes with h2mv-dist[cuda], is not installed"
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        return f"NVIDIA's driver does not answer: {error}"
+    return None if count > 0 else "NVIDIA's driver knows no GPU"
 
 
 def install(client: Client) -> Client:
-    """Make sure that the scheduler runs the coordinator."""
-    client.register_plugin(Coordinator())
+    """Make sure that the scheduler runs the coordinator; one that is there already stays.
+
+    Raises:
+        JobError: the scheduler takes no plugins, or cannot load this one, and has none preloaded.
+    """
+    ready, problem = False, Exception("no answer")
+    try:
+        client.register_plugin(InstalledCoordinator())
+    except Exception as error:  # whatever it is, it does not matter if the coordinator was preloaded
+        problem = error
+    try:
+        ready = client.sync(getattr(client.scheduler, READY_HANDLER)) is True
+    except Exception as error:
+        problem = error
+    if not ready:
+        raise JobError(
+            describe(
+                "the scheduler does not run the coordinator",
+                where=scheduler_address(client),
+                expected="a scheduler that takes plugins, in an environment with the same h2mv-dist",
+                actual=f"{type(problem).__name__}: {problem}",
+                fix=f"start it with: dask scheduler --preload {PRELOAD}",
+            )
+        ) from problem
     return client
 
 
 @contextmanager
 def start_cluster(settings: ClusterSettings) -> Iterator[Any]:
-    """A cluster of worker processes on this machine, one thread each; one worker a GPU for ``cuda``."""
-    if settings.kind == "cuda":
-        cluster = _cuda_cluster()
-    else:
-        cluster = LocalCluster(
-            n_workers=settings.workers,
-            threads_per_worker=1,
-            processes=True,
-            host=LOOPBACK,
-            dashboard_address=f"{LOOPBACK}:0",
-            memory_limit=settings.memory_limit,
+    """A scheduler in this process and workers in others; Slurm's may join much later.
+
+    Raises:
+        JobError: there is no GPU, a package is missing, or the cluster cannot be started as asked for.
+    """
+    kind = chosen_kind(settings)
+    if kind == "address":
+        raise JobError(
+            describe(
+                "there is nothing to start",
+                where="cluster.address, cluster.scheduler_file",
+                expected="settings of a new cluster",
+                actual="a scheduler that runs already",
+                fix="leave the address out",
+            )
         )
-    with cluster:
-        cluster.wait_for_workers(len(cluster.worker_spec))
-        yield cluster
+    if kind == "cuda":
+        _require_gpu()
+    host, security = _host(settings, kind), _security(settings.tls)
+    with ExitStack() as stack:
+        loop = stack.enter_context(_event_loop())
+        try:
+            started = stack.enter_context(_new_cluster(kind, settings, host, security, loop))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise JobError(
+                describe(
+                    "the cluster did not start",
+                    where=f'[cluster], kind = "{kind}"',
+                    expected=f"a scheduler and workers on {host}",
+                    actual=f"{type(error).__name__}: {error}",
+                    fix="look at port_range, local_directory, memory_limit and interface",
+                )
+            ) from error
+        yield started
 
 
-def _cuda_cluster() -> Any:
+@contextmanager
+def _event_loop() -> Iterator[IOLoop]:
+    """A thread for the cluster that, with the workers it starts, does not hear Ctrl-C.
+
+    A terminal sends it to every process, and workers that die of it spoil the orderly end.
+    """
+    runner = LoopRunner()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
+
+
+def _new_cluster(
+    kind: Literal["local", "cuda", "slurm"],
+    settings: ClusterSettings,
+    host: str,
+    security: Security | None,
+    loop: IOLoop,
+) -> AbstractContextManager[Any]:
+    if kind == "slurm":
+        return slurm_cluster(settings, host, security, loop)
+    options: dict[str, Any] = {
+        "threads_per_worker": settings.threads_per_worker,
+        "local_directory": settings.local_directory,
+        "host": host,
+        "dashboard_address": f"{host}:0",
+        "security": security,
+        "loop": loop,
+    }
+    if settings.memory_limit != "auto":
+        options["memory_limit"] = settings.memory_limit
+    if settings.port_range is not None:
+        options |= {"port": settings.port_range, "worker_port": settings.port_range}
+    if kind == "cuda":
+        # tasks leave no arrays on a GPU, so that there is nothing for Dask to move off it
+        cluster: AbstractContextManager[Any] = _cuda_type()(device_memory_limit=None, **options)
+    else:
+        cluster = LocalCluster(n_workers=settings.workers, processes=True, **options)
+    return cluster
+
+
+def _host(settings: ClusterSettings, kind: str) -> str:
+    """The address to listen on."""
+    if settings.interface is None:
+        return str(get_ip()) if kind == "slurm" else LOOPBACK
+    try:
+        return str(get_ip_interface(settings.interface))
+    except ValueError as error:
+        raise JobError(
+            describe(
+                "no such network interface",
+                where="cluster.interface",
+                expected="an interface of this machine that has an IPv4 address",
+                actual=str(error),
+                fix="choose another one, or leave it out",
+            )
+        ) from error
+
+
+def _security(tls: TlsSettings | None) -> Security | None:
+    """One certificate for client, scheduler and workers alike; None leaves it to Dask's configuration."""
+    if tls is None:
+        return None
+    for name, path in tls.model_dump().items():
+        if not Path(path).is_file():
+            raise JobError(
+                describe(
+                    "a TLS file is missing",
+                    where=f"cluster.tls.{name}",
+                    expected="a PEM file",
+                    actual=f"no file {path}",
+                    fix="check the path; it must exist on every host of the cluster",
+                )
+            )
+    pairs = {f"tls_{role}_cert": tls.cert for role in ("client", "scheduler", "worker")}
+    pairs |= {f"tls_{role}_key": tls.key for role in ("client", "scheduler", "worker")}
+    return Security(require_encryption=True, tls_ca_file=tls.ca_file, **pairs)
+
+
+def _require_gpu() -> None:
+    if (reason := no_gpu_because()) is not None:
+        raise JobError(
+            describe(
+                "there is no GPU to use",
+                where='cluster.kind = "cuda"',
+                expected="an NVIDIA GPU with its driver, a CUDA build of torch and h2mv-dist[cuda]",
+                actual=reason,
+                fix='use a machine with GPUs, or cluster.kind = "local"',
+            )
+        )
+
+
+def _cuda_type() -> Any:
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
@@ -60,28 +261,76 @@ def _cuda_cluster() -> Any:
                 where='cluster.kind = "cuda"',
                 expected="the package dask-cuda",
                 actual=str(error),
-                fix="install h2mv-dist[cuda] on a machine with NVIDIA GPUs, or use cluster.kind = 'local'",
+                fix='install h2mv-dist[cuda], or use cluster.kind = "local"',
             )
         ) from error
-    return LocalCUDACluster(host=LOOPBACK, dashboard_address=f"{LOOPBACK}:0")
+    return LocalCUDACluster
+
+
+def _running_scheduler(settings: ClusterSettings) -> str:
+    """The address in the settings, or in their scheduler file."""
+    if settings.address is not None:
+        return settings.address
+    path = str(settings.scheduler_file)
+    try:
+        return str(json.loads(Path(path).read_text())["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(
+            describe(
+                "cannot read the scheduler file",
+                where=f"cluster.scheduler_file = {path}",
+                expected="the file of a running scheduler",
+                actual=f"{type(error).__name__}: {error}",
+                fix="start one: h2mv-dist cluster start --scheduler-file FILE",
+            )
+        ) from error
 
 
 @contextmanager
-def _client(target: Any) -> Iterator[Client]:
+def _client(target: Any, security: Security | None) -> Iterator[Client]:
     try:
-        client = Client(target, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
+        client = Client(target, timeout=CONNECT_SECONDS, set_as_default=False, security=security)
+    # Dask's RuntimeError and TypeError: one side wants TLS and the other has none, or no certificate
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise JobError(
             describe(
                 "cannot reach the Dask scheduler",
                 where=f"cluster.address = {target}",
-                expected="a running scheduler, such as tcp://host:8786",
+                expected="a running scheduler, such as tcp://host:8786, or tls://host:8786 with cluster.tls",
                 actual=f"{type(error).__name__}: {error}",
-                fix="start one (h2mv-dist cluster), check the address, or leave it out for a local cluster",
+                fix="start one (h2mv-dist cluster start), check the address, or leave it out",
             )
         ) from error
     with client:
         yield client
+
+
+@contextmanager
+def scheduler_file(path: str | Path, cluster: Any) -> Iterator[None]:
+    """Leave a cluster's address in a file while it runs, as ``dask scheduler --scheduler-file`` does.
+
+    Raises:
+        JobError: the file cannot be written.
+    """
+    target = Path(path)
+    written = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        written.write_text(json.dumps(dict(cluster.scheduler_info), indent=2))
+        written.replace(target)
+    except OSError as error:
+        raise JobError(
+            describe(
+                "cannot write the scheduler file",
+                where=str(path),
+                expected="a file in an existing folder",
+                actual=error.strerror or str(error),
+                fix="choose another place",
+            )
+        ) from error
+    try:
+        yield
+    finally:
+        target.unlink(missing_ok=True)
 
 
 def scheduler_address(client: Client) -> str:
@@ -119,6 +368,6 @@ def known_options(from_settings: StorageOptions) -> StorageOptions:
     fsspec's own environment variables (``FSSPEC_S3_KEY``, ``AWS_ACCESS_KEY_ID`` ...) work without being
     mentioned here.
     """
-    configured = dask.config.get("h2mv_dist.storage-options", {})
+    configured = StorageOptions(dask.config.get("h2mv_dist.storage-options", None))
     protocols = {*configured, *from_settings}
     return StorageOptions({p: {**configured.get(p, {}), **from_settings.get(p, {})} for p in protocols})

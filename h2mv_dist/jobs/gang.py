@@ -6,60 +6,61 @@ dictionaries. A job is a list of units (a fold, a tile); a unit needs ``ranks`` 
 """
 
 import asyncio
+import bisect
 import contextlib
-from collections import deque
-from collections.abc import Awaitable, Iterable, Mapping
+import itertools
+import pickle
+import secrets
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from distributed import Client, Future, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import WorkerState, heartbeat_interval
 from tornado.ioloop import PeriodicCallback
 
-from h2mv_dist.jobs import tasks
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs import prometheus, tasks
+from h2mv_dist.jobs.lease import Health, Seat, choose_seats
+from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
+from h2mv_dist.jobs.preemption import Preemption
 
 PLUGIN_NAME: Final = "h2mv-coordinator"
 PUMP_MILLISECONDS: Final = 500
 """How often waiting units are looked at, beside every event: a worker joins before it is ready."""
-
-
-def choose_workers(free: Iterable[tuple[str, str]], n: int) -> tuple[str, ...] | None:
-    """Addresses of ``n`` workers, packed on few hosts; None if there are not enough.
-
-    Args:
-        free: (host, address) of each idle worker.
-        n: gang size.
-
-    >>> choose_workers([("b", "b:1"), ("a", "a:2"), ("a", "a:1")], 2)
-    ('a:1', 'a:2')
-    >>> choose_workers([("a", "a:1")], 2) is None
-    True
-    """
-    ordered = sorted(free)
-    return tuple(address for _, address in ordered[:n]) if len(ordered) >= n else None
+TELLING_SECONDS: Final = 1.0
+SILENT_SECONDS: Final = 10.0
+SILENT_HEARTBEATS: Final = 5
+"""A worker that was not heard of for this long, and missed so many heartbeats, gets no rank."""
+_SEVERITY: Final[tuple[str, ...]] = get_args(FailureKind)
 
 
 @dataclass(slots=True)
 class _Gang:
-    """The workers of one attempt of one unit."""
+    """The seats of one attempt of one unit; ``ended`` is set when it must not go on."""
 
     job: str
     name: str
-    workers: tuple[str, ...]
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    seats: tuple[Seat, ...]
+    ended: asyncio.Future[Failure]
+
+    def end(self, failure: Failure) -> None:
+        """Make the attempt end early, for the first reason given."""
+        if not self.ended.done():
+            self.ended.set_result(failure)
 
 
-class GangError(Exception):
-    """An attempt ended early; says whether another one could help."""
+class _AttemptError(Exception):
+    """Carries the failure of an attempt, and the slot that is to blame."""
 
-    def __init__(self, reason: str, *, retry: bool) -> None:
-        super().__init__(reason)
-        self.retry = retry
+    def __init__(self, failure: Failure, slot: str = "") -> None:
+        super().__init__(failure.reason)
+        self.failure, self.slot = failure, slot
 
 
 class Coordinator(SchedulerPlugin):
-    """Runs the units of all jobs on gangs of workers, first come first served."""
+    """Runs the units of all jobs on gangs of workers: by priority, then first come first served."""
 
     name = PLUGIN_NAME
     idempotent = True
@@ -68,8 +69,10 @@ class Coordinator(SchedulerPlugin):
         """Called once, on the scheduler."""
         self.scheduler = scheduler
         self.jobs: dict[str, Job] = {}
-        self.queue: deque[tuple[Job, Unit]] = deque()
+        self.queue: list[_Turn] = []
+        self.submitted = itertools.count()
         self.leases: dict[str, _Gang] = {}
+        self.health = Health()
         self.running: set[asyncio.Task[None]] = set()
         self.client = await Client(
             scheduler.address,
@@ -78,13 +81,19 @@ class Coordinator(SchedulerPlugin):
             name=PLUGIN_NAME,
             security=scheduler.security,
         )
+        # every worker, also one that joins later, learns to leave in an orderly way
+        await scheduler.register_worker_plugin(
+            comm=None, plugin=pickle.dumps(Preemption()), name=Preemption.name, idempotent=True
+        )
         scheduler.handlers.update(h2mv_submit=self.submit, h2mv_status=self.status, h2mv_cancel=self.cancel)
+        self.unregister = prometheus.register(self.jobs, self.health)
         self.pump_timer = PeriodicCallback(self.pump, PUMP_MILLISECONDS)
         self.pump_timer.start()
 
     async def close(self) -> None:
         """Called when the scheduler stops."""
         self.pump_timer.stop()
+        self.unregister()
         for task in self.running:
             task.cancel()
         await self.client.close()
@@ -96,25 +105,28 @@ class Coordinator(SchedulerPlugin):
         if known is not None and not known.finished:
             return f"job {new.id} is already running on this scheduler"
         self.jobs[new.id] = new
-        self.queue.extend((new, unit) for unit in new.units)
+        for unit in new.units:
+            self._queue(new, unit)
         self.pump()
         return ""
 
     async def status(self, job: str) -> dict[str, Any] | None:
         """State of every unit of a job, without its settings."""
-        return self.jobs[job].status() if job in self.jobs else None
+        if job not in self.jobs:
+            return None
+        return {**self.jobs[job].status(), "quarantined": dict(self.health.quarantined)}
 
     async def cancel(self, job: str) -> None:
         """Stop a job's units; workers are free within a second."""
         cancelled = self.jobs[job]
         cancelled.cancelled = True
-        self.queue = deque((j, u) for j, u in self.queue if j is not cancelled)
+        self.queue = [turn for turn in self.queue if turn.job is not cancelled]
         for unit in cancelled.all_units():
             if unit.state in ("queued", "waiting"):
                 unit.state = "cancelled"
         for gang in self.leases.values():
             if gang.job == job:
-                gang.lost.set()
+                gang.end(Failure("cancelled", "cancelled"))
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """A worker joined: it may complete a gang."""
@@ -123,7 +135,7 @@ class Coordinator(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """A worker is gone: its gang cannot go on (a pinned task would wait for it for ever)."""
         if worker in self.leases:
-            self.leases[worker].lost.set()
+            self.leases[worker].end(Failure("machine", f"worker {worker} was lost"))
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Keep the latest report of each unit, for whoever asks."""
@@ -131,26 +143,48 @@ class Coordinator(SchedulerPlugin):
             self.jobs[msg["job"]].report(msg)
 
     def pump(self) -> None:
-        """Start as many waiting units as there are free gangs, in order."""
-        while self.queue:
-            job, unit = self.queue[0]
-            workers = choose_workers(self._free_workers(), unit.ranks)
-            if workers is None:
-                return
-            self.queue.popleft()
-            self._launch(job, unit, workers)
+        """Start the gangs whose turn it is, until one has to wait.
 
-    def _free_workers(self) -> list[tuple[str, str]]:
+        A gang larger than the whole cluster does not hold up the others; any other one does, or small gangs
+        would keep a large one waiting for ever.
+        """
+        waiting = []
+        while self.queue:
+            turn = self.queue.pop(0)
+            seats = self.health.usable(self._seats(), turn.unit.ranks)
+            chosen = choose_seats((s for s in seats if self._is_free(s)), turn.unit.ranks)
+            if chosen is not None:
+                self._launch(turn.job, turn.unit, chosen)
+                continue
+            waiting.append(turn)
+            if len(seats) >= turn.unit.ranks:
+                break
+        self.queue = waiting + self.queue
+
+    def _queue(self, job: Job, unit: Unit) -> None:
+        bisect.insort(self.queue, _Turn(-job.priority, next(self.submitted), job, unit))
+
+    def _seats(self) -> list[Seat]:
         return [
-            (state.host, address)
+            Seat(state.host, str(state.name), address)
             for address, state in self.scheduler.workers.items()
-            if address not in self.leases and state.status.name == "running" and not state.processing
+            if state.status.name == "running" and not self._is_silent(state)
         ]
 
-    def _launch(self, job: Job, unit: Unit, workers: tuple[str, ...]) -> None:
-        unit.start(workers)
-        gang = _Gang(job.id, f"{job.id}/{unit.name}/{unit.attempt}", workers)
-        self.leases.update(dict.fromkeys(workers, gang))
+    def _is_silent(self, worker: WorkerState) -> bool:
+        """Whether it may be gone, though its connection is not: it was stopped, or its network is down."""
+        expected = heartbeat_interval(len(self.scheduler.workers))
+        return bool(time.time() - worker.last_seen > max(SILENT_SECONDS, SILENT_HEARTBEATS * expected))
+
+    def _is_free(self, seat: Seat) -> bool:
+        return seat.address not in self.leases and not self.scheduler.workers[seat.address].processing
+
+    def _launch(self, job: Job, unit: Unit, seats: tuple[Seat, ...]) -> None:
+        unit.start(tuple(seat.address for seat in seats))
+        # the random part keeps attempts apart that two schedulers number alike
+        name = f"{job.id}/{unit.name}/{unit.attempt}-{secrets.token_hex(4)}"
+        gang = _Gang(job.id, name, seats, asyncio.get_running_loop().create_future())
+        self.leases.update((seat.address, gang) for seat in seats)
         task = asyncio.ensure_future(self._run(job, unit, gang))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
@@ -158,95 +192,106 @@ class Coordinator(SchedulerPlugin):
     async def _run(self, job: Job, unit: Unit, gang: _Gang) -> None:
         try:
             unit.result = await self._attempt(job, unit, gang)
-            unit.state = "done"
-        except GangError as failure:
-            self._fail(job, unit, failure)
+            unit.state, unit.error = "done", ""
+            self.health.clear(seat.slot for seat in gang.seats)
+        except _AttemptError as failed:
+            self._note(job, unit, failed)
         finally:
-            for worker in gang.workers:
-                if self.leases.get(worker) is gang:
-                    del self.leases[worker]
-        self._finish(job)
+            for seat in gang.seats:
+                if self.leases.get(seat.address) is gang:
+                    del self.leases[seat.address]
+        final = job.finish()
+        if final is not None:
+            self._queue(job, final)
         self.pump()
 
-    def _fail(self, job: Job, unit: Unit, failure: GangError) -> None:
-        unit.error = str(failure)
-        if job.cancelled:
-            unit.state = "cancelled"
-        elif failure.retry and unit.attempt < unit.attempts:
-            unit.state = "queued"
-            self.queue.appendleft((job, unit))
-        else:
-            unit.state = "failed"
-
-    def _finish(self, job: Job) -> None:
-        """Queue the job's last unit once all others are done."""
-        if job.final is not None and job.final.state == "waiting":
-            if all(unit.state == "done" for unit in job.units):
-                job.final.state = "queued"
-                self.queue.append((job, job.final))
-            elif all(unit.ended for unit in job.units):
-                job.final.state = "cancelled"
+    def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
+        if failed.failure.kind == "machine" and failed.slot:
+            self.health.blame(failed.slot, failed.failure.reason)
+        unit.end(Failure("cancelled", "cancelled") if job.cancelled else failed.failure)
+        if unit.state == "queued":
+            self._queue(job, unit)
 
     async def _attempt(self, job: Job, unit: Unit, gang: _Gang) -> Any:
         """Run all ranks of a gang; one failure or loss ends them all."""
         futures: list[Future[Any]] = []
         work = asyncio.ensure_future(self._ranks(job, unit, gang, futures))
-        lost = asyncio.ensure_future(gang.lost.wait())
         try:
-            await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise GangError("cancelled" if job.cancelled else "a worker was lost", retry=True)
+            await asyncio.wait({work, gang.ended}, return_when=asyncio.FIRST_COMPLETED)
+            if gang.ended.done():
+                raise _AttemptError(gang.ended.result(), self._lost_slot(gang))
             return work.result()
-        except tasks.RankError as error:
-            raise GangError(str(error), retry=error.retry) from error
+        except _AttemptError:
+            raise
         except Exception as error:
-            if isinstance(error, GangError):
-                raise
-            raise GangError(f"{type(error).__name__}: {error}", retry=True) from error
+            raise _AttemptError(Failure("failed", f"{type(error).__name__}: {error}")) from error
         finally:
-            lost.cancel()
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await work
             await self.client.cancel(futures, force=True)
 
-    async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
-        rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
-        for rank, worker in enumerate(gang.workers):
-            place = tasks.Place(gang.name, rank, len(gang.workers), unit.attempt, rendezvous)
-            futures.append(
-                self.client.submit(
-                    tasks.run_unit,
-                    tasks.Message(job.task_message(unit)),
-                    place,
-                    key=f"{gang.name}/{rank}",
-                    **_pinned(worker),
-                )
-            )
-        results = await _all_or_first_error(f for f in futures)
-        return results[0]
+    def _lost_slot(self, gang: _Gang) -> str:
+        """The slot of the gang's worker that is gone, if one is."""
+        lost = [seat.slot for seat in gang.seats if seat.address not in self.scheduler.workers]
+        return lost[0] if lost else ""
 
-    async def _rendezvous(self, unit: Unit, gang: _Gang) -> tuple[str, int]:
-        address: tuple[str, int] = await self.client.submit(
-            tasks.open_rendezvous, gang.name, key=f"{gang.name}/rendezvous", **_pinned(gang.workers[0])
-        )
+    async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
+        """Result of the first rank, once all are done."""
+        rendezvous = await self._rendezvous(gang) if unit.ranks_meet else None
+        history = {"before": unit.error, "quarantined": dict(self.health.quarantined)}
+        for rank, seat in enumerate(gang.seats):
+            place = tasks.Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
+            message = tasks.Message(job.task_message(unit))
+            key = f"{gang.name}/{rank}"
+            futures.append(self.client.submit(tasks.run_unit, message, place, key=key, **_pinned(seat)))
+        outcomes = await _outcomes(futures)
+        failures = [(f, seat.slot) for f, seat in zip(outcomes, gang.seats, strict=True) if f is not None]
+        if failures:
+            raise _AttemptError(*min(failures, key=lambda f: _SEVERITY.index(f[0].kind)))
+        return (await futures[0])["result"]
+
+    async def _rendezvous(self, gang: _Gang) -> tuple[str, int]:
+        key = f"{gang.name}/rendezvous"
+        future = self.client.submit(tasks.open_rendezvous, gang.name, key=key, **_pinned(gang.seats[0]))
+        address: tuple[str, int] = await future
         return address
 
 
-def _pinned(worker: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, order=True)
+class _Turn:
+    """A unit in the queue; a unit that failed waits behind those that were queued before."""
+
+    rank: int
+    number: int
+    job: Job = field(compare=False)
+    unit: Unit = field(compare=False)
+
+
+def _pinned(seat: Seat) -> dict[str, Any]:
     """Run on this worker or not at all: ranks must never double up."""
-    return {"workers": [worker], "allow_other_workers": False, "pure": False, "retries": 0}
+    return {"workers": [seat.address], "allow_other_workers": False, "pure": False, "retries": 0}
 
 
-async def _all_or_first_error(futures: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Results in order, or the first exception as soon as it is there."""
-
-    async def result(future: Awaitable[Any]) -> Any:
-        return await future
-
-    waiting = [asyncio.ensure_future(result(future)) for future in futures]
+async def _outcomes(futures: Sequence[Future[Any]]) -> list[Failure | None]:
+    """How each rank ended; after a first failure, the others get a moment to tell their side of it."""
+    waiting = [asyncio.ensure_future(_outcome(future)) for future in futures]
     try:
-        return list(await asyncio.gather(*waiting))
+        for next_one in asyncio.as_completed(waiting):
+            if await next_one is not None:
+                await asyncio.wait(waiting, timeout=TELLING_SECONDS)
+                break
+        return [task.result() if task.done() else None for task in waiting]
     finally:
         for task in waiting:
             task.cancel()
+
+
+async def _outcome(future: Future[Any]) -> Failure | None:
+    try:
+        failure = (await future)["failure"]
+    except asyncio.CancelledError:
+        if not future.cancelled():
+            raise
+        return Failure("machine", "its task was cancelled by Dask")
+    return None if failure is None else Failure(*failure)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from distributed import Client
 
-from h2mv_dist.errors import JobError
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.jobs.messages import Job
 
 POLL_SECONDS: Final = 0.5
@@ -55,6 +55,12 @@ class JobHandle:
         return status
 
 
+def running(client: Client, job: str) -> JobHandle | None:
+    """A handle on a job that is still running on the client's scheduler, if it is."""
+    status = _call(client, "h2mv_status", job)
+    return JobHandle(job, client) if status is not None and not status["finished"] else None
+
+
 def submit(client: Client, job: Job) -> JobHandle:
     """Hand a job to the coordinator.
 
@@ -69,7 +75,19 @@ def submit(client: Client, job: Job) -> JobHandle:
 
 def _call(client: Client, handler: str, job: Any) -> Any:
     """Ask the coordinator; its handlers take a job or its id."""
-    return client.sync(getattr(client.scheduler, handler), job=job)
+    try:
+        return client.sync(getattr(client.scheduler, handler), job=job)
+    except OSError as error:
+        raise JobError(
+            describe(
+                "the scheduler is gone",
+                where=str(client.scheduler.address) if client.scheduler is not None else "closed client",
+                expected="an answer",
+                actual=f"{type(error).__name__}: {error}",
+                fix="start it again, then run the same command, or h2mv-dist train --resume with the job's "
+                "folder; what was finished is not lost",
+            )
+        ) from error
 
 
 def _raise_failures(status: Mapping[str, Any]) -> None:

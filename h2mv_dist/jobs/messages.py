@@ -2,10 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
-TaskKind = Literal["fold", "tile", "finish"]
+TaskKind = Literal["fold", "summary", "tile", "finish"]
+FailureKind = Literal["refused", "machine", "failed", "peer", "preempted", "cancelled"]
+"""Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
+
+refused: our own checks said no, and would again. machine: a process, worker or device broke. failed: any
+other error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
+"""
+
+
+class Failure(NamedTuple):
+    """Why a rank, and so its gang, ended early."""
+
+    kind: FailureKind
+    reason: str
 
 
 @dataclass(slots=True)
@@ -17,7 +30,9 @@ class Unit:
         task: what the ranks do.
         spec: JSON-able arguments.
         ranks: gang size.
-        attempts: how often it may be started.
+        attempts: how often it may fail without having got any further.
+        attempt: number of the current or last attempt; a resumed unit goes on counting.
+        failures: since the last progress.
     """
 
     name: str
@@ -27,10 +42,12 @@ class Unit:
     attempts: int = 3
     state: UnitState = "queued"
     attempt: int = 0
+    failures: int = 0
     workers: tuple[str, ...] = ()
     error: str = ""
     latest: Mapping[str, Any] = field(default_factory=dict)
     result: Any = None
+    _reached: Any = None
 
     @property
     def ranks_meet(self) -> bool:
@@ -45,7 +62,21 @@ class Unit:
     def start(self, workers: tuple[str, ...]) -> None:
         """Begin a new attempt on these workers."""
         self.attempt += 1
-        self.state, self.workers, self.error = "running", workers, ""
+        self.state, self.workers = "running", workers
+
+    def end(self, failure: Failure) -> None:
+        """Note a failed attempt: the unit waits for another one, unless that would be in vain."""
+        self.error = failure.reason
+        if failure.kind == "cancelled":
+            self.state = "cancelled"
+            return
+        reached = self.latest.get("epoch")
+        if reached != self._reached:
+            self._reached, self.failures = reached, 0
+        # leaving a machine that was asked for is nobody's failure
+        self.failures += failure.kind != "preempted"
+        hopeless = failure.kind == "refused" or self.failures >= self.attempts
+        self.state = "failed" if hopeless else "queued"
 
     def message(self) -> dict[str, Any]:
         """What a client sends."""
@@ -55,6 +86,7 @@ class Unit:
             "spec": dict(self.spec),
             "ranks": self.ranks,
             "attempts": self.attempts,
+            "attempt": self.attempt,
         }
 
     def status(self) -> dict[str, Any]:
@@ -78,12 +110,16 @@ class Job:
         common: JSON-able arguments that all units share; may hold credentials, so it is never shown.
         units: what can run in any order.
         final: runs once all units are done.
+        always_final: run the final unit even if some units failed.
+        priority: jobs with a higher one come first.
     """
 
     id: str
     common: Mapping[str, Any] = field(repr=False)
     units: tuple[Unit, ...]
     final: Unit | None = None
+    always_final: bool = False
+    priority: int = 0
     cancelled: bool = False
 
     def all_units(self) -> Iterator[Unit]:
@@ -96,6 +132,18 @@ class Job:
     def finished(self) -> bool:
         """Whether nothing more will happen."""
         return all(unit.ended for unit in self.all_units())
+
+    def finish(self) -> Unit | None:
+        """The final unit, when its turn has just come."""
+        if self.final is None or self.final.state != "waiting":
+            return None
+        if not all(unit.ended for unit in self.units):
+            return None
+        if self.cancelled or not (self.always_final or all(unit.state == "done" for unit in self.units)):
+            self.final.state = "cancelled"
+            return None
+        self.final.state = "queued"
+        return self.final
 
     def report(self, message: Mapping[str, Any]) -> None:
         """Keep the latest report of a unit."""
@@ -114,6 +162,8 @@ class Job:
             "common": dict(self.common),
             "units": [unit.message() for unit in self.units],
             "final": self.final.message() if self.final is not None else None,
+            "always_final": self.always_final,
+            "priority": self.priority,
         }
 
     def status(self) -> dict[str, Any]:
@@ -134,4 +184,6 @@ class Job:
             common=message["common"],
             units=tuple(Unit(**unit) for unit in message["units"]),
             final=Unit(**final, state="waiting") if final is not None else None,
+            always_final=message["always_final"],
+            priority=message["priority"],
         )

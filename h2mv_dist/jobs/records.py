@@ -1,57 +1,137 @@
-"""The job folder: what a job is, how far it is, and what it made; on disk or object storage.
+"""What a training job leaves in its folder (any URL).
 
-    job.json                       kind and settings, written once
-    folds/NN/metrics/EEEEE.json    one object an epoch
-    folds/NN/best.safetensors      weights of the best epoch
-    folds/NN/last.safetensors      weights, optimizer and progress of the last epoch
-    folds/NN/last.json             sidecar: when, where and in which attempt it was written
-    folds/NN/logs/A-R.log          what rank R printed in attempt A
+    job.json                       settings; written when the job is created, replaced when it is resumed
+    token.json                     read back by every host before anything starts
+    summary.csv                    one line a fold; written at the end
+    folds/NN/state.json            which attempt owns the fold, and its newest checkpoints
+    folds/NN/checkpoints/E-A-KIND.safetensors   epoch E, attempt A; best: weights, last: all a resume needs
+    folds/NN/metrics/E-A.json      numbers of an epoch
+    folds/NN/decisions.json        what defaults and probes decided; a resume does the same
+    folds/NN/attempts/A/rank-R.json   who ran the rank where and when, and how it ended
+    folds/NN/attempts/A/rank-R.log    what it printed
     folds/NN/done.json             present when the fold is finished
+    runs/NAME/...                  the same again for each run of a sweep
 
 A job can be resumed from its folder alone. Credentials are never in it.
+
+Every object that an attempt writes carries the attempt's number, and only ``state.json`` says which of them
+count. It is moved by compare-and-swap, so an attempt that was thought dead and wakes up changes nothing.
 """
 
 import json
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal
+import secrets
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
-from h2mv_dist.errors import JobError, describe
+from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.io import stores
-from h2mv_dist.model.checkpoint import Checkpoint, checksum
+from h2mv_dist.model.checkpoint import Checkpoint
 
 Which = Literal["best", "last"]
 
+_STATE: Final = "state.json"
+_TOKEN: Final = "token.json"
+_READERS: Final = 8
+
 
 @dataclass(frozen=True, slots=True)
-class FoldRecord:
-    """The part of a job folder that belongs to one fold; only its rank 0 writes here."""
+class FoldState:
+    """The pointer of a fold.
+
+    Attributes:
+        attempt: number of the attempt that owns the fold.
+        gang: unique name of that attempt.
+        epoch: epochs that are complete.
+        best: name of the best checkpoint; "" before the first epoch is complete.
+        last: name of the checkpoint a resume starts from.
+        kept: names of checkpoints to keep for ever.
+    """
+
+    attempt: int = 0
+    gang: str = ""
+    epoch: int = 0
+    best: str = ""
+    last: str = ""
+    kept: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All checkpoints that count."""
+        return frozenset({self.best, self.last, *self.kept}) - {""}
+
+    def to_bytes(self) -> bytes:
+        """As stored."""
+        return canonical_json(asdict(self)).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "FoldState":
+        """Inverse of :meth:`to_bytes`."""
+        record = json.loads(data)
+        return FoldState(**{**record, "kept": tuple(record["kept"])})
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """What is kept of one attempt at a fold."""
 
     url: str
     options: StorageOptions
 
-    def write_checkpoint(self, which: Which, checkpoint: Checkpoint, attempt: int) -> None:
-        """Replace the best or last checkpoint, then its sidecar."""
-        data = checkpoint.to_bytes()
-        stores.put_object(self._path(f"{which}.safetensors"), data, self.options)
-        sidecar = {
-            "checksum": checksum(data),
-            "written": datetime.now(UTC).isoformat(),
-            "host": socket.gethostname(),
-            "attempt": attempt,
-        }
-        self._write_json(f"{which}.json", sidecar)
+    def write_rank(self, rank: int, record: Mapping[str, Any]) -> None:
+        """Who runs a rank; written again when it has ended."""
+        _write_json(stores.join(self.url, f"rank-{rank}.json"), record, self.options)
+
+    def write_log(self, rank: int, text: bytes) -> None:
+        """What a rank printed, if anything."""
+        if text:
+            stores.put_object(stores.join(self.url, f"rank-{rank}.log"), text, self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRecord:
+    """The part of a job folder that belongs to one fold."""
+
+    url: str
+    options: StorageOptions
+
+    def state(self) -> FoldState:
+        """The pointer; that of an untouched fold if there is none yet."""
+        found = stores.get_versioned(self.path(_STATE), self.options)
+        return FoldState.from_bytes(found.data) if found is not None else FoldState()
+
+    def claim(self, attempt: int, gang: str) -> "FoldWriter":
+        """Take the fold over, from where its last checkpoint is; older attempts cannot write any more.
+
+        Raises:
+            JobError: a newer attempt owns it.
+        """
+        while True:
+            found = stores.get_versioned(self.path(_STATE), self.options)
+            state = FoldState.from_bytes(found.data) if found is not None else FoldState()
+            if state.attempt >= attempt:
+                raise _superseded(self.url, attempt, state)
+            state = replace(state, attempt=attempt, gang=gang)
+            expected = found.version if found is not None else None
+            version = stores.swap_object(self.path(_STATE), state.to_bytes(), expected, self.options)
+            if version is not None:
+                writer = FoldWriter(self, state, version)
+                writer.delete_unused()
+                return writer
 
     def has_checkpoint(self, which: Which) -> bool:
         """Whether such a checkpoint was written."""
-        return stores.exists(self._path(f"{which}.safetensors"), self.options)
+        return bool(getattr(self.state(), which))
 
     def checkpoint_bytes(self, which: Which) -> bytes:
-        """The object as stored."""
-        return stores.get_object(self._path(f"{which}.safetensors"), self.options)
+        """The object as stored.
+
+        Raises:
+            StoreError: there is none.
+        """
+        return stores.get_object(self._checkpoint_path(which), self.options)
 
     def read_checkpoint(self, which: Which) -> Checkpoint:
         """The best or last checkpoint.
@@ -60,38 +140,167 @@ class FoldRecord:
             StoreError: there is none.
             CheckpointError: it is damaged or foreign.
         """
-        return Checkpoint.from_bytes(self.checkpoint_bytes(which), self._path(f"{which}.safetensors"))
-
-    def write_metrics(self, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Store the numbers of one epoch; a resumed epoch replaces its own."""
-        self._write_json(f"metrics/{epoch:05d}.json", metrics)
+        path = self._checkpoint_path(which)
+        return Checkpoint.from_bytes(stores.get_object(path, self.options), path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The numbers of all epochs, in order."""
-        folder = self._path("metrics")
-        names = stores.list_objects(folder, self.options)
-        return [json.loads(stores.get_object(stores.join(folder, n), self.options)) for n in names]
+        """The numbers of all complete epochs, in order; of each epoch, those of its newest attempt."""
+        folder, epochs = self.path("metrics"), self.state().epoch
+        newest = {int(n.split("-")[0]): n for n in stores.list_objects(folder, self.options)}
+        names = [stores.join(folder, newest[e]) for e in sorted(newest) if e <= epochs]
+        return [json.loads(data) for data in _read_all(names, self.options)]
 
-    def write_log(self, attempt: int, rank: int, text: bytes) -> None:
-        """Keep what a rank printed."""
-        stores.put_object(self._path(f"logs/{attempt}-{rank}.log"), text, self.options)
+    def attempt(self, number: int) -> AttemptRecord:
+        """What is kept of an attempt."""
+        return AttemptRecord(self.path(f"attempts/{number:03d}"), self.options)
 
-    def mark_done(self, summary: Mapping[str, Any]) -> None:
-        """Say that the fold is finished; written last."""
-        self._write_json("done.json", summary)
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every rank of every attempt, as its supervisor saw it."""
+        folder = self.path("attempts")
+        names = [n for n in stores.list_objects(folder, self.options) if n.endswith(".json")]
+        return [json.loads(d) for d in _read_all([stores.join(folder, n) for n in names], self.options)]
+
+    def decisions(self) -> dict[str, Any] | None:
+        """What the first attempt decided, if there was one."""
+        return _read_json(self.path("decisions.json"), self.options)
+
+    def settle(self, decisions: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what was decided, before the first step; returns what counts, which is what was first."""
+        data = canonical_json({**decisions, "writer": secrets.token_hex(4)}).encode()
+        stores.swap_object(self.path("decisions.json"), data, None, self.options)
+        settled = self.decisions()
+        assert settled is not None, "it is there, whoever wrote it"
+        return settled
 
     def done(self) -> dict[str, Any] | None:
         """The summary of the last run that finished the fold."""
-        if not stores.exists(self._path("done.json"), self.options):
-            return None
-        summary: dict[str, Any] = json.loads(stores.get_object(self._path("done.json"), self.options))
-        return summary
+        return _read_json(self.path("done.json"), self.options)
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """URL of an object of the fold."""
         return stores.join(self.url, *name.split("/"))
 
-    def _write_json(self, name: str, record: Mapping[str, Any]) -> None:
-        stores.put_object(self._path(name), canonical_json(record).encode(), self.options)
+    def checkpoint_path(self, name: str) -> str:
+        """URL of a checkpoint."""
+        return self.path(f"checkpoints/{name}")
+
+    def _checkpoint_path(self, which: Which) -> str:
+        name = getattr(self.state(), which)
+        if not name:
+            raise StoreError(
+                describe(
+                    f"there is no {which} checkpoint yet",
+                    where=self.url,
+                    expected="a fold that was trained for an epoch at least",
+                    actual="none",
+                    fix="train it first",
+                )
+            )
+        return self.checkpoint_path(name)
+
+
+class FoldWriter:
+    """The right of one attempt to write to a fold; only its rank 0 has it."""
+
+    def __init__(self, record: FoldRecord, state: FoldState, version: str) -> None:
+        self.record, self.state, self.version = record, state, version
+
+    def write_epoch(
+        self,
+        epoch: int,
+        metrics: Mapping[str, Any],
+        last: Checkpoint,
+        best: Checkpoint | None,
+        keep: bool,
+    ) -> None:
+        """Store a complete epoch: its objects first, then the pointer, which makes all of them count at once.
+
+        Args:
+            epoch: from 1.
+            metrics: its numbers.
+            last: what a resume starts from.
+            best: if the epoch was the best so far.
+            keep: keep the last checkpoint for ever.
+
+        Raises:
+            JobError: a newer attempt owns the fold; nothing of it was changed.
+        """
+        attempt = f"{self.state.attempt:03d}"
+        _write_json(self.record.path(f"metrics/{epoch:05d}-{attempt}.json"), metrics, self.record.options)
+        state = replace(self.state, epoch=epoch, last=self._write(last, "last", epoch))
+        if best is not None:
+            state = replace(state, best=self._write(best, "best", epoch))
+        if keep:
+            state = replace(state, kept=(*state.kept, state.last))
+        self._move(state)
+
+    def write_within_epoch(self, epoch: int, last: Checkpoint) -> None:
+        """Store what a resume needs to go on within an epoch, of which ``epoch`` are complete."""
+        self._move(replace(self.state, last=self._write(last, "part", epoch)))
+
+    def mark_done(self, summary: Mapping[str, Any]) -> None:
+        """Say that the fold is finished; written last.
+
+        Raises:
+            JobError: a newer attempt has said so; nothing was changed.
+        """
+        url, options = self.record.path("done.json"), self.record.options
+        data = canonical_json({**summary, "attempt": self.state.attempt}).encode()
+        swapped = None
+        while swapped is None:
+            found = stores.get_versioned(url, options)
+            if found is not None and json.loads(found.data)["attempt"] > self.state.attempt:
+                raise _superseded(self.record.url, self.state.attempt, self.record.state())
+            swapped = stores.swap_object(url, data, found.version if found is not None else None, options)
+
+    def delete_unused(self) -> None:
+        """Delete checkpoints that do not count any more."""
+        for name in stores.list_objects(self.record.path("checkpoints"), self.record.options):
+            if name not in self.state.names:
+                stores.delete_tree(self.record.checkpoint_path(name), self.record.options)
+
+    def _write(self, checkpoint: Checkpoint, kind: str, epoch: int) -> str:
+        name = f"{epoch:05d}-{self.state.attempt:03d}-{kind}.safetensors"
+        stores.put_object(self.record.checkpoint_path(name), checkpoint.to_bytes(), self.record.options)
+        return name
+
+    def _move(self, state: FoldState) -> None:
+        url = self.record.path(_STATE)
+        version = stores.swap_object(url, state.to_bytes(), self.version, self.record.options)
+        if version is None:
+            raise _superseded(self.record.url, self.state.attempt, self.record.state())
+        unused = self.state.names - state.names
+        self.state, self.version = state, version
+        for name in unused:
+            stores.delete_tree(self.record.checkpoint_path(name), self.record.options)
+
+
+def _superseded(url: str, attempt: int, state: FoldState) -> JobError:
+    return JobError(
+        describe(
+            "another attempt owns the fold",
+            where=url,
+            expected=f"an attempt before {attempt}",
+            actual=f"attempt {state.attempt} ({state.gang})",
+            fix="nothing, if the job runs elsewhere or was resumed; this attempt changed nothing",
+        )
+    )
+
+
+def _read_all(urls: Iterable[str], options: StorageOptions) -> list[bytes]:
+    with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
+        return list(pool.map(lambda url: stores.get_object(url, options), urls))
+
+
+def _read_json(url: str, options: StorageOptions) -> dict[str, Any] | None:
+    if not stores.exists(url, options):
+        return None
+    record: dict[str, Any] = json.loads(stores.get_object(url, options))
+    return record
+
+
+def _write_json(url: str, record: Mapping[str, Any], options: StorageOptions) -> None:
+    stores.put_object(url, canonical_json(record).encode(), options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +318,7 @@ class JobFolder:
         """
         self.require_same_job(settings)
         record = {"kind": "train", "settings": to_json(settings)}
-        stores.put_object(stores.join(self.url, "job.json"), canonical_json(record).encode(), self.options)
+        _write_json(stores.join(self.url, "job.json"), record, self.options)
 
     def require_same_job(self, settings: Settings) -> None:
         """Check that the folder is free, or that its job may go on with these settings.
@@ -119,6 +328,18 @@ class JobFolder:
         """
         if self.exists():
             _require_same_job(self.settings(), settings, self.url)
+
+    def write_token(self) -> str:
+        """Put a word here that only who sees this very folder can know; one that is there stays."""
+        if (found := self.token()) is None:
+            found = secrets.token_hex(8)
+            _write_json(stores.join(self.url, _TOKEN), {"token": found}, self.options)
+        return found
+
+    def token(self) -> str | None:
+        """The word, or None if it is not here."""
+        record = _read_json(stores.join(self.url, _TOKEN), self.options)
+        return None if record is None else str(record["token"])
 
     def exists(self) -> bool:
         """Whether a job was created here."""
@@ -133,14 +354,28 @@ class JobFolder:
         path = stores.join(self.url, "job.json")
         return validate(json.loads(stores.get_object(path, self.options))["settings"], where=path)
 
+    def run(self, name: str) -> "JobFolder":
+        """The folder of a run of a sweep; this one for the only run of a job without a sweep."""
+        return JobFolder(stores.join(self.url, "runs", name), self.options) if name else self
+
     def fold(self, index: int) -> FoldRecord:
         """The records of one fold."""
         return FoldRecord(stores.join(self.url, "folds", f"{index:02d}"), self.options)
 
+    def states(self, folds: Iterable[int]) -> dict[int, FoldState]:
+        """The pointer of each fold."""
+        wanted = tuple(folds)
+        with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
+            return dict(zip(wanted, pool.map(lambda f: self.fold(f).state(), wanted), strict=True))
+
+    def begun_folds(self) -> tuple[int, ...]:
+        """Folds that any attempt has claimed."""
+        names = stores.list_objects(stores.join(self.url, "folds"), self.options)
+        return tuple(sorted(int(name.split("/")[0]) for name in names if name.endswith(f"/{_STATE}")))
+
     def trained_folds(self) -> tuple[int, ...]:
         """Folds that have a best checkpoint."""
-        names = stores.list_objects(stores.join(self.url, "folds"), self.options)
-        return tuple(sorted(int(n.split("/")[0]) for n in names if n.endswith("/best.safetensors")))
+        return tuple(fold for fold, state in self.states(self.begun_folds()).items() if state.best)
 
 
 def _require_same_job(found: Settings, wanted: Settings, url: str) -> None:

@@ -2,10 +2,12 @@
 
 A rank lives in its own process because a thread cannot be cancelled and a distributed torch object that
 outlives its process group can freeze the worker. The child's standard input is its lifeline: it exits
-when that closes. Its reports come back as JSON lines on a pipe.
+when that closes. Its reports come back as JSON lines on a pipe. It is stopped when the task is cancelled,
+when it says nothing for too long, when it grows too large, and, after a checkpoint, when the worker must go.
 """
 
 import json
+import logging
 import os
 import select
 import signal
@@ -19,16 +21,22 @@ from contextlib import contextmanager
 from typing import IO, Any, Final
 
 import psutil
+from dask.utils import format_bytes
 from distributed import get_worker
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.preemption import leaving, one_rank
+from h2mv_dist.jobs.records import AttemptRecord, JobFolder
 from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, report, worker_host
 
 POLL_SECONDS: Final = 0.2
-SILENCE_SECONDS: Final = 900.0
-"""A rank that reports nothing for this long is considered stuck."""
 GRACE_SECONDS: Final = 2.0
+LEAVE_SECONDS: Final = 20.0
+"""How long a rank that was asked to leave may take."""
+
+_log = logging.getLogger(__name__)
 
 
 def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
@@ -37,17 +45,72 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
     Raises:
         RankError: with the rank's own traceback.
     """
-    with tempfile.TemporaryFile() as log:
+    fold = JobFolder(message["folder"], StorageOptions(message["storage_options"])).fold(message["fold"])
+    record = fold.attempt(place.attempt)
+    with one_rank, tempfile.TemporaryFile() as log:
+        started = _who(place)
+        record.write_rank(place.rank, started)
+        failure: Failure | None = None
         try:
-            with _child(message, place, log) as (process, events):
-                return _watch(process, events, message, place)
+            with _child(message, place, log) as child:
+                return _Watch(child, message, place, started).until_the_end()
+        except RankError as error:
+            failure = error.failure
+            raise
         finally:
             close_rendezvous(place.gang)
-            _keep_log(message, place, log)
+            _keep(record, place.rank, started, failure, log)
+
+
+def _who(place: Place) -> dict[str, Any]:
+    worker = get_worker()
+    return {
+        **{key: value for key, value in place._asdict().items() if key != "rendezvous"},
+        "worker": worker.address,
+        "name": str(worker.name),
+        "host": socket.gethostname(),
+        "started": time.time(),
+    }
+
+
+def _keep(
+    record: AttemptRecord, rank: int, started: dict[str, Any], failure: Failure | None, log: IO[bytes]
+) -> None:
+    """Write how it ended and what it printed; a store that fails now must not hide the failure itself."""
+    ended = {"kind": "done", "reason": ""} if failure is None else failure._asdict()
+    log.seek(0)
+    try:
+        record.write_rank(rank, {**started, "ended": time.time(), "outcome": ended})
+        record.write_log(rank, log.read())
+    except StoreError as error:
+        _log.warning("the log of rank %d could not be kept: %s", rank, error)
+
+
+class _Child:
+    """The process and the reading end of its reports."""
+
+    def __init__(self, process: subprocess.Popen[bytes], events: int) -> None:
+        self.process, self.events = process, events
+
+    def own_bytes(self) -> int:
+        """Memory of its own; mapped files, which all ranks share and the kernel may drop, do not count."""
+        try:
+            memory = psutil.Process(self.process.pid).memory_info()
+        except psutil.NoSuchProcess:
+            return 0
+        return int(memory.rss - getattr(memory, "shared", 0))
+
+    def end(self) -> None:
+        """Wait for a process that is ending, or end it."""
+        try:
+            self.process.wait(timeout=GRACE_SECONDS if self.process.poll() is None else 0)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @contextmanager
-def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[_Child]:
     read_end, write_end = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "h2mv_dist.jobs.rank", str(write_end)],
@@ -60,47 +123,116 @@ def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[tuple[sub
     )
     os.close(write_end)
     assert process.stdin is not None
+    child = _Child(process, read_end)
     try:
-        order = {"message": dict(message), "place": place._asdict()}
+        order = {"message": dict(message), "place": place._asdict(), "nthreads": get_worker().state.nthreads}
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
-        yield process, read_end
+        yield child
     finally:
         process.stdin.close()
-        _end(process)
+        child.end()
         os.close(read_end)
 
 
-def _watch(process: subprocess.Popen[bytes], events: int, message: Message, place: Place) -> dict[str, Any]:
-    latest: dict[str, Any] = {}
-    for event in _reports(events):
-        if event is None or event["event"] == "beat":
-            continue
-        latest = event
-        if event["event"] == "epoch":
-            report(message, **event)
-    code = process.wait()
-    if code != 0:
-        text = latest.get("text") or f"rank {place.rank} {_how_it_ended(code)} without a word"
-        raise RankError(text, latest.get("retry", True))
-    return latest
+class _Watch:
+    """Reads a child's reports and decides whether it may go on.
 
+    A pulse only says that the process is alive. It gets on if it says anything else: a rank that waits for
+    one that was stopped has a pulse but no beat.
+    """
 
-def _reports(events: int) -> Iterator[dict[str, Any] | None]:
-    """The child's reports until it closes its end of the pipe; raises when it is stuck or unwanted."""
-    buffer, heard = b"", time.monotonic()
-    while True:
-        if select.select([events], [], [], POLL_SECONDS)[0]:
-            data = os.read(events, 65536)
-            if not data:
-                return
-            heard = time.monotonic()
-            *lines, buffer = (buffer + data).split(b"\n")
-            yield from (json.loads(line) for line in lines)
+    def __init__(self, child: _Child, message: Message, place: Place, record: dict[str, Any]) -> None:
+        self.child, self.message, self.place, self.record = child, message, place, record
+        self.stuck_seconds = float(message["settings"]["training"]["stuck_seconds"])
+        self.alive = self.got_on = time.monotonic()
+        self.begun = False
+        self.asked_to_leave: float | None = None
+
+    def until_the_end(self) -> dict[str, Any]:
+        """The last report.
+
+        Raises:
+            RankError: it failed, or had to be stopped.
+        """
+        latest: dict[str, Any] = {}
+        for event in self._events():
+            if event["event"] != "beat":
+                latest = event
+            if event["event"] == "first step":
+                self.record["first_step"] = event["seconds_since_submit"]
+            if event["event"] in ("epoch", "waiting") and self.place.rank == 0:
+                report(self.message, **event)
+        code = self.child.process.wait()
+        if latest.get("event") in ("error", "preempted"):
+            raise RankError(Failure(latest["kind"], latest["reason"]))
+        if code != 0:
+            reason = f"rank {self.place.rank} {_how_it_ended(code)} without a word"
+            raise RankError(Failure("machine", reason))
+        return latest
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """The child's reports, but for pulses, until it closes its end of the pipe."""
+        buffer = b""
+        while True:
+            if select.select([self.child.events], [], [], POLL_SECONDS)[0]:
+                data = os.read(self.child.events, 65536)
+                if not data:
+                    return
+                self.alive = time.monotonic()
+                *lines, buffer = (buffer + data).split(b"\n")
+                for event in map(json.loads, lines):
+                    pulse = event["event"] == "pulse"
+                    self.begun |= not pulse
+                    # until the rank's own code is imported there is nothing else to hear
+                    if not pulse or not self.begun:
+                        self.got_on = self.alive
+                    if not pulse:
+                        yield event
+            self._check()
+
+    def _check(self) -> None:
         if _cancelled():
-            raise RankError("cancelled", retry=True)
-        if time.monotonic() - heard > SILENCE_SECONDS:
-            raise RankError(f"no sign of life for {SILENCE_SECONDS:.0f} s", retry=True)
+            raise RankError(Failure("cancelled", "cancelled"))
+        self._check_leaving()
+        self._check_memory()
+        if time.monotonic() - self.got_on > self.stuck_seconds:
+            raise RankError(self._stuck())
+
+    def _stuck(self) -> Failure:
+        limit = f"for {self.stuck_seconds:g} s (training.stuck_seconds)"
+        if time.monotonic() - self.alive > self.stuck_seconds / 2:
+            return Failure("machine", f"rank {self.place.rank} gave no sign of life {limit}")
+        return Failure("peer", f"rank {self.place.rank} took no step {limit}; perhaps it waited for another")
+
+    def _check_leaving(self) -> None:
+        if not leaving.is_set():
+            return
+        if self.asked_to_leave is None:
+            self.asked_to_leave = time.monotonic()
+            self.child.process.send_signal(signal.SIGTERM)
+        elif time.monotonic() - self.asked_to_leave > LEAVE_SECONDS:
+            raise RankError(Failure("preempted", "the worker had to leave, without a checkpoint"))
+
+    def _check_memory(self) -> None:
+        limit = get_worker().memory_manager.memory_limit
+        if not limit:
+            return
+        used = self.child.own_bytes() + psutil.Process().memory_info().rss
+        if used > limit:
+            raise RankError(
+                Failure(
+                    "refused",
+                    describe(
+                        "a rank needs more memory than its worker may use",
+                        where=f"rank {self.place.rank} on {get_worker().address}",
+                        expected=f"at most {format_bytes(limit)} for worker and rank together",
+                        actual=format_bytes(used),
+                        fix="lower training.batch_size or training.cells_at_once, raise training.ranks, "
+                        "or start workers with more memory (cluster.memory_limit)",
+                    ),
+                )
+            )
 
 
 def _cancelled() -> bool:
@@ -108,14 +240,6 @@ def _cancelled() -> bool:
     worker = get_worker()
     state = worker.state.tasks.get(worker.get_current_task())
     return state is None or state.state != "executing"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(timeout=GRACE_SECONDS if process.poll() is None else 0)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _how_it_ended(code: int) -> str:
@@ -128,11 +252,3 @@ def _interface_variables(host: str) -> dict[str, str]:
         if any(a.address == host and a.family in (socket.AF_INET, socket.AF_INET6) for a in addresses):
             return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     return {}
-
-
-def _keep_log(message: Message, place: Place, log: IO[bytes]) -> None:
-    log.seek(0)
-    text = log.read()
-    if text:
-        folder = JobFolder(message["folder"], StorageOptions(message["storage_options"]))
-        folder.fold(message["fold"]).write_log(place.attempt, place.rank, text)

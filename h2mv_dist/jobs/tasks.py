@@ -1,10 +1,14 @@
 """What a worker is asked to do; imported by the scheduler too, so nothing heavy is imported here."""
 
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlparse
 
 from distributed import get_worker
+
+from h2mv_dist.errors import H2mvError, StoreError
+from h2mv_dist.jobs.messages import Failure
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -41,6 +45,7 @@ class Place(NamedTuple):
         world: number of ranks.
         attempt: 1 for the first.
         rendezvous: (host, port) where the ranks meet, if they do.
+        history: why the attempt before this one ended, and which slots are not used any more.
     """
 
     gang: str
@@ -48,29 +53,52 @@ class Place(NamedTuple):
     world: int
     attempt: int
     rendezvous: tuple[str, int] | None
+    history: Mapping[str, Any]
 
 
 class RankError(Exception):
-    """A rank ended with an error; ``retry`` says whether another attempt could help."""
+    """An attempt of a rank ended early."""
 
-    def __init__(self, reason: str, retry: bool) -> None:
-        super().__init__(reason, retry)
-        self.reason = reason
-        self.retry = retry
-
-    def __str__(self) -> str:
-        return self.reason
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
-def run_unit(message: Message, place: Place) -> Any:
-    """Entry point of every task of a gang, on a worker."""
-    if message["task"] == "fold":
-        from h2mv_dist.jobs.supervisor import supervise_rank
+def run_unit(message: Message, place: Place) -> dict[str, Any]:
+    """Entry point of every task of a gang, on a worker.
 
-        return supervise_rank(message, place)
-    from h2mv_dist.jobs.tiles import run_tile_unit
+    Failures are results, not exceptions: Dask would log those with their arguments, and unpickle them on the
+    scheduler.
+    """
+    try:
+        return {"failure": None, "result": _result(message, place)}
+    except RankError as error:
+        return {"failure": error.failure, "result": None}
+    except Exception as error:
+        return {"failure": failure_of(error), "result": None}
 
-    return run_tile_unit(message)
+
+def failure_of(error: BaseException) -> Failure:
+    """What an exception says of another attempt: our own checks would refuse again, a store may recover."""
+    if not isinstance(error, H2mvError):
+        return Failure("failed", "".join(traceback.format_exception(error)))
+    return Failure("failed" if isinstance(error, StoreError) else "refused", str(error))
+
+
+def _result(message: Message, place: Place) -> Any:
+    match message["task"]:
+        case "fold":
+            from h2mv_dist.jobs.supervisor import supervise_rank
+
+            return supervise_rank(message, place)
+        case "summary":
+            from h2mv_dist.jobs.summary import summarize_unit
+
+            return summarize_unit(message)
+        case _:
+            from h2mv_dist.jobs.tiles import run_tile_unit
+
+            return run_tile_unit(message)
 
 
 def report(message: Mapping[str, Any], **content: Any) -> None:

@@ -5,41 +5,50 @@ summed over ranks -> every rank goes backward through its own cells -> gradients
 all ranks step or none. So the result does not depend on the number of ranks, but for rounding.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from h2mv_dist.config import Settings, StorageOptions, validate
-from h2mv_dist.errors import JobError
-from h2mv_dist.io.cache import StagedCells, default_cache, stage
-from h2mv_dist.io.folds import Fold, fit_scaler, make_folds
+from h2mv_dist.errors import JobError, StoreError, describe
+from h2mv_dist.io.cache import StagedCells, default_cache, is_staged, open_staged, stage
+from h2mv_dist.io.folds import Fold, fit_scaler, make_folds, require_observations
 from h2mv_dist.io.source import open_source
-from h2mv_dist.jobs.batches import gather
-from h2mv_dist.jobs.records import FoldRecord, JobFolder
+from h2mv_dist.io.stores import displayed
+from h2mv_dist.jobs.batches import CellBank, Cells
+from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
+from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
+from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.jobs.tasks import Place
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
-from h2mv_dist.model.loss import LossSum, LossValue, summed_over_ranks
+from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import chosen_targets, model_kind
-from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.spec import Scaler
 
-COLLECTIVE_TIMEOUT: Final = timedelta(minutes=10)
+MEETING_TIMEOUT: Final = timedelta(hours=6)
+"""How long ranks wait for each other to stage; one that is gone ends its gang much sooner."""
+BEAT_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 0.02
+STORE_PATIENCE_SECONDS: Final = 3600.0
+"""How long a rank waits for a store that has no space left before it gives up."""
 OPTIMIZER_PREFIX: Final = "optimizer/"
+PART_STATISTICS: Final = "epoch/statistics"
+_CHECKED: Final = ("model", "fold", "scaler", "static features")
 
 Emit = Callable[..., None]
-Cells = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,92 +69,213 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks get the same answer."""
+        return bool(self.all_reduce(torch.full((1,), float(flag), device=self.device)) > 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a fold is; the best epoch is the one with the lowest validation loss."""
+    """How far a fold is; the best epoch is the one with the lowest validation loss.
+
+    ``rate_cuts`` says how often the learning rate was lowered.
+    """
 
     epoch: int = 0
     best_epoch: int = 0
     best_loss: float = float("inf")
+    rate_cuts: int = 0
 
-    def after(self, valid_loss: float) -> "Progress":
-        """Progress after one more epoch."""
+    def after(self, valid_loss: float, plateau_epochs: int | None = None) -> "Progress":
+        """Progress after one more epoch; the rate is cut each ``plateau_epochs`` without a better one."""
+        epoch = self.epoch + 1
         if valid_loss < self.best_loss:
-            return Progress(self.epoch + 1, self.epoch + 1, valid_loss)
-        return replace(self, epoch=self.epoch + 1)
+            return Progress(epoch, epoch, valid_loss, self.rate_cuts)
+        cut = plateau_epochs is not None and (epoch - self.best_epoch) % plateau_epochs == 0
+        return replace(self, epoch=epoch, rate_cuts=self.rate_cuts + cut)
+
+    def learning_rate(self, first: float, factor: float) -> float:
+        """The rate after all cuts.
+
+        >>> Progress(rate_cuts=2).learning_rate(0.01, 0.5)
+        0.0025
+        """
+        return float(first * factor**self.rate_cuts)
 
     def record(self) -> dict[str, float]:
         """JSON-able form; a loss that was never finite is left out."""
         best = {"best_loss": self.best_loss} if self.best_epoch else {}
-        return {"epoch": self.epoch, "best_epoch": self.best_epoch, **best}
+        cuts = {"rate_cuts": self.rate_cuts} if self.rate_cuts else {}
+        return {"epoch": self.epoch, "best_epoch": self.best_epoch, **best, **cuts}
 
     @staticmethod
     def from_record(record: Mapping[str, float]) -> "Progress":
         """Inverse of :meth:`record`."""
         best = record.get("best_loss", float("inf"))
-        return Progress(int(record["epoch"]), int(record["best_epoch"]), best)
+        cuts = int(record.get("rate_cuts", 0))
+        return Progress(int(record["epoch"]), int(record["best_epoch"]), best, cuts)
 
 
-def train_rank(message: Mapping[str, Any], place: Place, emit: Emit) -> dict[str, Any]:
-    """Train one fold as one of its ranks; returns a summary."""
+@dataclass(slots=True)
+class EpochPart:
+    """What has been done of the epoch that is under way.
+
+    Attributes:
+        steps: taken or skipped.
+        statistics: of the loss so far, [term, 2].
+        skipped: steps whose loss or gradient was not finite.
+    """
+
+    steps: int
+    statistics: Tensor
+    skipped: list[SkippedStep]
+
+    def counted(self) -> Tensor:
+        """The statistics; NaN if no step was taken, which is no loss of 0."""
+        nothing = len(self.skipped) == self.steps
+        return torch.full_like(self.statistics, torch.nan) if nothing else self.statistics
+
+
+def train_rank(
+    message: Mapping[str, Any], place: Place, nthreads: int, emit: Emit, leave: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Train one fold as one of its ranks.
+
+    Args:
+        message: the unit, see :func:`h2mv_dist.jobs.training.start_training`.
+        place: which rank of which attempt this is.
+        nthreads: of the worker; used on a CPU unless ``training.threads`` says otherwise.
+        emit: reports to the supervisor.
+        leave: whether this rank was asked to make a checkpoint and leave.
+
+    Returns:
+        A summary, or None if the ranks left before the end.
+
+    Raises:
+        H2mvError: the gang must not start, or cannot go on.
+    """
     settings = validate(message["settings"], where="job")
     options = StorageOptions(message["storage_options"])
-    torch.set_num_threads(settings.training.threads)
-    staged, published = _staged(settings, options)
-    fold = make_folds(staged.grid, settings.folds)[message["fold"]]
-    scaler = published if published is not None else fit_scaler(staged, fold)
-    record = JobFolder(message["folder"], options).fold(fold.index)
-    with process_group(place) as ranks:
-        run = FoldRun(settings, staged, fold, scaler, ranks, record, place.attempt, emit)
-        return run.train()
+    job = JobFolder(message["folder"], options)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    claimed: list[FoldWriter] = []
+
+    def decide(everyone: Sequence[Facts]) -> dict[str, Any]:
+        claimed.append(job.fold(message["fold"]).claim(place.attempt, place.gang))
+        return decided(claimed[0].record, place, settings, device, nthreads, everyone)
+
+    # hosts may take very different times to stage
+    with beating(emit):
+        staged = _staged(settings, message["data"], options)
+        store = meet(place)
+        decisions = agree(store, place, gather_facts(settings, staged, device, job.token()), decide)
+        torch.set_num_threads(decisions["threads"])
+        fold = make_folds(staged.grid, settings.folds)[message["fold"]]
+        require_observations(staged, fold, "validation")
+        scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
+    with process_group(store, place, settings.training.stuck_seconds, device) as ranks:
+        check_all_reduce(ranks.world, device)
+        writer = claimed[0] if claimed else None
+        record = job.fold(fold.index)
+        run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
+        return run.train(message["submitted"])
 
 
-def _staged(settings: Settings, options: StorageOptions) -> tuple[StagedCells, Scaler | None]:
+def _staged(settings: Settings, key: str, options: StorageOptions) -> StagedCells:
+    """The cells the client saw; the store is only opened if this host has not staged them yet."""
+    cache = settings.training.cache
+    folder = Path(cache) if cache is not None else default_cache()
+    if is_staged(folder, key):
+        return open_staged(folder / key)
     spec = model_kind(settings.model.name).spec
     targets = chosen_targets(spec, settings.training.targets)
     source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
-    cache = settings.training.cache
-    staged = stage(source, Path(cache) if cache is not None else default_cache())
-    return staged, source.published_scaler() if settings.training.scaler == "published" else None
+    if source.cache_key != key:
+        raise JobError(
+            describe(
+                "the data changed since the job was submitted",
+                where=displayed(settings.data.url),
+                expected=f"fingerprint {key}",
+                actual=f"fingerprint {source.cache_key}",
+                fix="let the data be while a job runs, then submit it again",
+            )
+        )
+    return stage(source, folder)
+
+
+def decided(
+    record: FoldRecord,
+    place: Place,
+    settings: Settings,
+    device: torch.device,
+    nthreads: int,
+    everyone: Sequence[Facts],
+) -> dict[str, Any]:
+    """What defaults stand for here; written before the first step, and read back by every later attempt.
+
+    Raises:
+        JobError: the fold was begun on another kind of device or number of ranks, so numbers would differ.
+    """
+    ours = {"ranks": place.world, "device": device.type, "code_path": "eager"}
+    found = record.decisions()
+    if found is None:
+        threads = settings.training.threads or nthreads
+        found = record.settle({**ours, "threads": threads, "facts": list(everyone)})
+    theirs = {key: found[key] for key in ours}
+    if theirs != ours:
+        raise JobError(
+            describe(
+                "the fold was begun in another way",
+                where=record.url,
+                expected=str(theirs),
+                actual=str(ours),
+                fix="resume it where it was begun, or choose another job folder",
+            )
+        )
+    return {key: value for key, value in found.items() if key in (*ours, "threads")}
 
 
 @contextmanager
-def process_group(place: Place) -> Iterator[Ranks]:
-    """Meet the other ranks; nccl where there is a GPU (always device 0 of what is visible), else gloo."""
+def beating(emit: Emit) -> Iterator[None]:
+    """Give signs of life while work goes on that has no steps."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            emit(event="beat")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def meet(place: Place) -> dist.Store:
+    """The store of the gang's rank 0, where the ranks find each other."""
     assert place.rendezvous is not None, "ranks of a fold always have a place to meet"
     host, port = place.rendezvous
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda:0" if gpu else "cpu")
+    return dist.PrefixStore(place.gang, dist.TCPStore(host, port, is_master=False, timeout=MEETING_TIMEOUT))
+
+
+@contextmanager
+def process_group(
+    store: dist.Store, place: Place, timeout_seconds: float, device: torch.device
+) -> Iterator[Ranks]:
+    """Join the other ranks; nccl on GPUs (always device 0 of what is visible), else gloo."""
     dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=dist.PrefixStore(place.gang, dist.TCPStore(host, port, is_master=False)),
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
         rank=place.rank,
         world_size=place.world,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timedelta(seconds=timeout_seconds),
     )
     yield Ranks(place.rank, place.world, device)
     # only on success: a failed rank leaves at once, and its gang is ended by the coordinator
     dist.barrier()
     dist.destroy_process_group()
-
-
-def global_loss(
-    model: DistributedDataParallel | ProcessModel,
-    loss: LossSum,
-    batch: Batch,
-    spinup_days: int | None,
-    all_reduce: Callable[[Tensor], Tensor],
-) -> tuple[LossValue, Tensor]:
-    """Loss over the batches of all ranks, and the statistics it was formed from.
-
-    Its gradient on a rank is the part of the global gradient that comes from the rank's own cells.
-    """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    state = spin_up(bare, batch, spinup_days)
-    local = loss.statistics(model(batch, state), batch)
-    total = summed_over_ranks(local, all_reduce)
-    return loss.value(total), total.detach()
 
 
 def epoch_batches(cells: Cells, batch_size: int, seed: tuple[int, ...]) -> list[Cells]:
@@ -169,140 +299,233 @@ class FoldRun:
         scaler: Scaler,
         ranks: Ranks,
         record: FoldRecord,
-        attempt: int,
+        writer: FoldWriter | None,
+        store: dist.Store,
         emit: Emit,
+        leave: Callable[[], bool],
     ) -> None:
         self.settings, self.staged, self.fold, self.ranks = settings, staged, fold, ranks
-        self.record, self.attempt, self.emit = record, attempt, emit
+        self.record, self.writer, self.store = record, writer, store
+        self.emit, self.leave, self.written = emit, leave, 0
         self.training = settings.training
         torch.manual_seed(int(np.random.SeedSequence([self.training.seed, fold.index]).generate_state(1)[0]))
         self.model = new_model(settings.model, scaler).to(ranks.device)
+        multiply_in(self.model, self.training.precision)
+        self.bank = CellBank.open(staged, fold, ranks.device)
         self.loss = model_kind(settings.model.name).loss(scaler)
+        self.objective = Objective(
+            loss=self.loss,
+            spinup_days=self.training.spinup_days,
+            cells_at_once=self.training.cells_at_once,
+            truncation_days=self.training.truncation_days,
+            world=ranks.world,
+            all_reduce=ranks.all_reduce,
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.training.learning_rate,
             weight_decay=self.training.weight_decay,
         )
         self.progress = Progress()
+        self.part = self._new_epoch()
 
-    def train(self) -> dict[str, Any]:
-        """Train until the loss stops falling or all epochs are done; returns a summary."""
+    def train(self, submitted: float) -> dict[str, Any] | None:
+        """Train until the loss stops falling or all epochs are done.
+
+        Args:
+            submitted: when the job was, seconds since 1970; the time to the first step is reported.
+
+        Returns:
+            A summary, or None if a rank was asked to leave; then a checkpoint was made.
+        """
         if self.record.has_checkpoint("last"):
             self._restore(self.record.read_checkpoint("last"))
+        self.submitted: float | None = submitted
         distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
         while not self._finished():
-            self._epoch(distributed)
+            if not self._train_epoch(distributed):
+                self._persist(self._store_part)
+                return None
+            self._end_epoch()
         if not self.progress.best_epoch:
             raise JobError(
                 f"fold {self.fold.index}: the validation loss was not finite in any of "
                 f"{self.progress.epoch} epochs; check the targets, or lower training.learning_rate"
             )
         summary = {"fold": self.fold.index, **self.progress.record()}
-        if self.ranks.rank == 0:
-            self.record.mark_done(summary)
+        self._persist(lambda writer: writer.mark_done(summary))
         return summary
 
     def _finished(self) -> bool:
         waited = self.progress.epoch - self.progress.best_epoch
         return self.progress.epoch >= self.training.epochs or waited >= self.training.patience
 
-    def _epoch(self, distributed: DistributedDataParallel) -> None:
-        started = time.monotonic()
-        train, skipped = self._train_epoch(distributed)
-        valid = self._validate()
-        before, self.progress = self.progress, self.progress.after(float(valid.total))
+    def _new_epoch(self) -> EpochPart:
+        self.epoch_started = time.monotonic()
+        return EpochPart(0, torch.zeros(len(self.loss.terms), 2, device=self.ranks.device), [])
+
+    def _train_epoch(self, distributed: DistributedDataParallel) -> bool:
+        """Take the steps that are left of this epoch; False if a rank was asked to leave before the end."""
+        rate = self.progress.learning_rate(self.training.learning_rate, self.training.plateau_factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        seed = (self.training.seed, self.fold.index, self.progress.epoch + 1)
+        batches = epoch_batches(self.fold.cells("train"), self.training.batch_size, seed)
+        for cells in batches[self.part.steps :]:
+            if self.ranks.any(self.leave()):
+                return False
+            batch = self._batch(cells, "train")
+            outcome = self._step(distributed, batch)
+            self.part.steps += 1
+            if outcome.fault:
+                self._skip(cells, batch, outcome.fault)
+            else:
+                self.part.statistics += outcome.statistics
+            self._tell_step()
+        return True
+
+    def _tell_step(self) -> None:
+        if self.submitted is None:
+            self.emit(event="beat")
+        else:
+            self.emit(event="first step", seconds_since_submit=round(time.time() - self.submitted, 3))
+            self.submitted = None
+
+    def _end_epoch(self) -> None:
+        trained, validated = self.part.counted(), self._validate()
+        train, valid = self.loss.value(trained), self.loss.value(validated)
+        before = self.progress
+        self.progress = before.after(float(valid.total), self.training.plateau_epochs)
         metrics = {
             **self.progress.record(),
             "train_loss": _finite(train.total),
             "valid_loss": _finite(valid.total),
-            "train_terms": self._by_name(train),
-            "valid_terms": self._by_name(valid),
-            "skipped_steps": skipped,
-            "seconds": round(time.monotonic() - started, 3),
+            "train_terms": self._terms(trained),
+            "valid_terms": self._terms(validated),
+            "skipped": [step._asdict() for step in self.part.skipped],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(time.monotonic() - self.epoch_started, 3),
         }
-        if self.ranks.rank == 0:
-            self._store(metrics, improved=self.progress.best_epoch != before.best_epoch)
-        shown = ("epoch", "train_loss", "valid_loss", "best_loss", "seconds")
+        self.part = self._new_epoch()
+        improved = self.progress.best_epoch != before.best_epoch
+        self._persist(lambda writer: self._store_epoch(writer, metrics, improved))
+        shown = ("epoch", "train_loss", "valid_loss", "best_loss", "learning_rate", "skipped", "seconds")
         self.emit(event="epoch", epochs=self.training.epochs, **{k: metrics.get(k) for k in shown})
 
-    def _train_epoch(self, distributed: DistributedDataParallel) -> tuple[LossValue, int]:
-        seed = (self.training.seed, self.fold.index, self.progress.epoch + 1)
-        total = torch.zeros(len(self.loss.terms), 2, device=self.ranks.device)
-        skipped = 0
-        for cells in epoch_batches(self.fold.cells("train"), self.training.batch_size, seed):
-            statistics = self._step(distributed, self._batch(cells, "train"))
-            if statistics is None:
-                skipped += 1
-            else:
-                total += statistics
-            self.emit(event="beat")
-        return self.loss.value(total), skipped
-
-    def _step(self, distributed: DistributedDataParallel, batch: Batch) -> Tensor | None:
-        """One optimizer step; None if loss or gradient is not finite, which all ranks see alike."""
+    def _step(self, distributed: DistributedDataParallel, batch: Batch) -> Outcome:
+        """One optimizer step, unless loss or gradient is not finite, which all ranks see alike."""
         self.optimizer.zero_grad(set_to_none=True)
-        value, statistics = global_loss(
-            distributed, self.loss, batch, self.training.spinup_days, self.ranks.all_reduce
-        )
-        # DDP divides the summed gradients by the number of ranks; the global gradient is their sum
-        torch.autograd.backward(value.total * self.ranks.world)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = torch.stack([value.total.detach(), *(g.abs().sum() for g in gradients)]).isfinite().all()
-        if not finite:
-            return None
-        torch.nn.utils.clip_grad_value_(self.model.parameters(), self.training.clip_value)
-        self.optimizer.step()
-        return statistics
+        outcome = self.objective.gradient(distributed, batch)
+        if not outcome.fault:
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), self.training.clip_value)
+            self.optimizer.step()
+        return outcome
 
-    @torch.no_grad()
-    def _validate(self) -> LossValue:
+    def _skip(self, cells: Cells, batch: Batch, fault: str) -> None:
+        """Find out whose fault it is, over all ranks, and say so."""
+        mine = torch.from_numpy(self.ranks.share(np.arange(len(cells))))
+        bad = self.objective.culprits(self.model, batch, mine, len(cells))
+        skipped = SkippedStep(self.part.steps, cells[bad.cpu().numpy()].tolist(), fault)
+        self.part.skipped.append(skipped)
+        if self.ranks.rank == 0:
+            print(f"epoch {self.progress.epoch + 1}: {skipped}", flush=True)
+
+    def _validate(self) -> Tensor:
+        """Statistics of all validation cells, [term, 2]."""
         cells = self.fold.cells("validation")
         total = torch.zeros(len(self.loss.terms), 2, device=self.ranks.device)
         for first in range(0, len(cells), self.training.batch_size):
             batch = self._batch(cells[first : first + self.training.batch_size], "validation")
-            spinup = self.training.spinup_days
-            total += global_loss(self.model, self.loss, batch, spinup, self.ranks.all_reduce)[1]
+            total += self.objective.evaluate(self.model, batch)
             self.emit(event="beat")
-        return self.loss.value(total)
+        return total
 
     def _batch(self, cells: Cells, role: str) -> Batch:
-        return gather(self.staged, self.fold, role, self.ranks.share(cells)).to(self.ranks.device)
+        return self.bank.gather(role, self.ranks.share(cells))
 
-    def _by_name(self, value: LossValue) -> dict[str, float | None]:
-        return {name: _finite(v) for name, v in zip(self.loss.names, value.terms, strict=True)}
+    def _terms(self, statistics: Tensor) -> dict[str, float | None]:
+        """Each term by name; None where it is not finite, or nothing was observed."""
+        terms, observed = self.loss.value(statistics).terms, self.loss.observed(statistics)
+        named = zip(self.loss.names, terms, observed, strict=True)
+        return {name: _finite(value) if seen else None for name, value, seen in named}
 
-    def _store(self, metrics: Mapping[str, Any], *, improved: bool) -> None:
-        """Metrics, then the best checkpoint if it is new, then the last one, which a resume starts from."""
-        self.record.write_metrics(self.progress.epoch, metrics)
-        if improved:
-            self.record.write_checkpoint("best", self._checkpoint(resumable=False), self.attempt)
-        self.record.write_checkpoint("last", self._checkpoint(resumable=True), self.attempt)
+    def _persist(self, write: Callable[[FoldWriter], None]) -> None:
+        """Let rank 0 write; while there is no space left, it waits, and the other ranks wait for it."""
+        self.written += 1
+        key = f"written/{self.written}"
+        with beating(self.emit):
+            if self.writer is not None:
+                _until_there_is_space(partial(write, self.writer), self.emit)
+                self.store.set(key, "")
+            # not a collective: that would time out while rank 0 waits
+            while not self.store.check([key]):
+                time.sleep(POLL_SECONDS)
+
+    def _store_epoch(self, writer: FoldWriter, metrics: Mapping[str, Any], improved: bool) -> None:
+        last = self._checkpoint(resumable=True)
+        best = self._checkpoint(resumable=False) if improved else None
+        every = self.training.keep_every
+        keep = every is not None and self.progress.epoch % every == 0
+        writer.write_epoch(self.progress.epoch, metrics, last, best, keep)
+
+    def _store_part(self, writer: FoldWriter) -> None:
+        writer.write_within_epoch(self.progress.epoch, self._checkpoint(resumable=True))
 
     def _checkpoint(self, *, resumable: bool) -> Checkpoint:
         tensors = model_tensors(self.model)
         if resumable:
             tensors |= _optimizer_tensors(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
+        progress: dict[str, Any] = self.progress.record()
+        if resumable and self.part.steps:
+            tensors[PART_STATISTICS] = self.part.statistics.clone()
+            progress |= {"steps": self.part.steps, "skipped": [step._asdict() for step in self.part.skipped]}
         return Checkpoint(
             model=self.settings.model,
             scaler=self.model.scaler,
             static_names=self.staged.static_names,
             fold=self.fold.index,
             settings=self.training.identity(),
-            progress=self.progress.record(),
+            progress=progress,
             tensors=tensors,
             versions=code_versions(),
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.scaler != self.model.scaler:
-            raise JobError(
-                f"fold {self.fold.index}: the last checkpoint was trained with other input statistics; "
-                "the data changed since. Restore them, or choose another job folder"
-            )
+        found = (checkpoint.model, checkpoint.fold, checkpoint.scaler, checkpoint.static_names)
+        wanted = (self.settings.model, self.fold.index, self.model.scaler, self.staged.static_names)
+        for name, theirs, ours in zip(_CHECKED, found, wanted, strict=True):
+            if theirs != ours:
+                raise JobError(
+                    describe(
+                        f"the last checkpoint is of another {name}",
+                        where=self.record.url,
+                        expected=str(ours),
+                        actual=str(theirs),
+                        fix="restore settings and data, or choose another job folder",
+                    )
+                )
         self.model.load_state_dict(checkpoint.build_model().state_dict())
         _load_optimizer(self.model, self.optimizer, checkpoint.tensors)
         torch.set_rng_state(checkpoint.tensors["rng"])
         self.progress = Progress.from_record(checkpoint.progress)
+        if PART_STATISTICS in checkpoint.tensors:
+            self.part.steps = int(checkpoint.progress["steps"])
+            self.part.skipped = [SkippedStep(**step) for step in checkpoint.progress["skipped"]]
+            self.part.statistics = checkpoint.tensors[PART_STATISTICS].to(self.ranks.device)
+
+
+def _until_there_is_space(write: Callable[[], None], emit: Emit) -> None:
+    """Try again while the store says that it is full, at most for an hour."""
+    deadline, pause = time.monotonic() + STORE_PATIENCE_SECONDS, 1.0
+    while True:
+        try:
+            return write()
+        except StoreError as error:
+            if not error.full or time.monotonic() > deadline:
+                raise
+            emit(event="waiting", reason=str(error))
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
 
 
 def _finite(value: Tensor) -> float | None:

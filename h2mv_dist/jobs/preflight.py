@@ -1,0 +1,187 @@
+"""What the ranks of a gang tell each other before the first step, and what must be true of it.
+
+Each rank puts a few facts into the gang's store; rank 0 compares them, decides what is still open (threads,
+code path) and answers all of them: go on with these decisions, or stop for this reason.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+import torch.distributed as dist
+from dask.utils import format_bytes
+
+import h2mv_dist
+from h2mv_dist.config import Settings, canonical_json
+from h2mv_dist.errors import H2mvError, JobError, describe
+from h2mv_dist.io.cache import StagedCells
+from h2mv_dist.jobs.tasks import Place
+from h2mv_dist.model.checkpoint import code_versions
+
+BYTES_PER_HIDDEN: Final = 44
+BYTES_PER_CELL_DAY: Final = 1600
+"""What a graph keeps of each simulated day of a cell, and for each hidden unit on top; measured."""
+SPARE_DISK: Final = 256 * 2**20
+"""Free bytes a host's cache disk must have left after staging."""
+
+_ALIKE: Final = {
+    "code": "install the same version of h2mv-dist on every worker",
+    "versions": "install the same packages on every worker",
+    "data": "do not change the data while a job starts; start again",
+    "token": "use a job folder that every host sees under the same path or URL",
+}
+
+Facts = Mapping[str, Any]
+
+
+def gather_facts(settings: Settings, staged: StagedCells, device: torch.device, token: str | None) -> Facts:
+    """What a rank knows of itself; all of it is also kept in the record."""
+    return {
+        "host": socket.gethostname(),
+        "device": _device_name(device),
+        "code": code_fingerprint(),
+        "versions": {**code_versions(), "python": platform.python_version()},
+        "data": staged.path.name,
+        "token": token,
+        "free_memory": _free_memory(device),
+        "free_disk": shutil.disk_usage(staged.path).free,
+        "needed_memory": step_bytes(settings, staged.period.n_days),
+    }
+
+
+def step_bytes(settings: Settings, n_days: int) -> int:
+    """About what the graph of one step over ``n_days`` keeps on each rank, bytes."""
+    training = settings.training
+    share = -(-training.batch_size // training.ranks)
+    cells = min(share, training.cells_at_once or share)
+    n_days = min(n_days, training.truncation_days or n_days)
+    return cells * n_days * (BYTES_PER_HIDDEN * settings.model.hidden + BYTES_PER_CELL_DAY)
+
+
+def agree(
+    store: dist.Store, place: Place, own: Facts, decide: Callable[[Sequence[Facts]], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Exchange facts; rank 0 checks them and decides for all.
+
+    Args:
+        store: where the ranks meet.
+        place: which rank this is.
+        own: from :func:`gather_facts`.
+        decide: called on rank 0 with the facts of all ranks, in order.
+
+    Returns:
+        What rank 0 decided.
+
+    Raises:
+        JobError: the gang must not start.
+    """
+    store.set(f"facts/{place.rank}", json.dumps(own))
+    if place.rank != 0:
+        answer = json.loads(store.get("agreed"))
+        if "refused" in answer:
+            raise JobError(answer["refused"])
+        return dict(answer["decisions"])
+    try:
+        everyone = [json.loads(store.get(f"facts/{rank}")) for rank in range(place.world)]
+        check(everyone)
+        decisions = dict(decide(everyone))
+    except H2mvError as error:
+        store.set("agreed", json.dumps({"refused": str(error)}))
+        raise
+    store.set("agreed", json.dumps({"decisions": decisions}))
+    return decisions
+
+
+def check(everyone: Sequence[Facts]) -> None:
+    """Refuse a gang whose ranks differ in what must be alike, share a device, or have no room.
+
+    Raises:
+        JobError: says which rank differs, and in what.
+    """
+    for key, fix in _ALIKE.items():
+        for rank, facts in enumerate(everyone):
+            if facts[key] != everyone[0][key]:
+                _refuse(f"ranks differ in {key}", rank, facts, everyone[0][key], facts[key], fix)
+    devices: dict[tuple[str, str], int] = {}
+    for rank, facts in enumerate(everyone):
+        first = devices.setdefault((facts["host"], facts["device"]), rank)
+        if first != rank:
+            fix = "start one worker for each GPU, as dask-cuda does"
+            _refuse("two ranks share a device", rank, facts, "a device of its own", facts["device"], fix)
+    for rank, facts in enumerate(everyone):
+        _check_room(rank, facts, sum(other["host"] == facts["host"] for other in everyone))
+
+
+def _check_room(rank: int, facts: Facts, ranks_on_host: int) -> None:
+    shared = ranks_on_host if facts["device"].startswith("cpu") else 1
+    needed = facts["needed_memory"] * shared
+    if needed > facts["free_memory"]:
+        fix = "set training.cells_at_once, lower training.batch_size, or raise training.ranks"
+        expected = f"about {format_bytes(needed)} for a step"
+        _refuse("a step does not fit into memory", rank, facts, expected, _free(facts, "memory"), fix)
+    if facts["free_disk"] < SPARE_DISK:
+        fix = "free space, or choose another folder with training.cache"
+        expected = f"at least {format_bytes(SPARE_DISK)} free for the cache"
+        _refuse("the disk is full", rank, facts, expected, _free(facts, "disk"), fix)
+
+
+def _free(facts: Facts, what: str) -> str:
+    return f"{format_bytes(facts[f'free_{what}'])} free"
+
+
+def _refuse(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> None:
+    where = f"rank {rank} on {facts['host']}"
+    raise JobError(describe(what, where=where, expected=str(expected), actual=str(actual), fix=fix))
+
+
+def check_all_reduce(world: int, device: torch.device) -> None:
+    """One round trip through the process group.
+
+    Raises:
+        JobError: the sum that comes back is wrong.
+    """
+    total = torch.full((1,), dist.get_rank() + 1.0, device=device)
+    dist.all_reduce(total)
+    expected = world * (world + 1) / 2
+    if float(total) != expected:
+        fix = "check the network interface of the workers (cluster.interface)"
+        where = f"rank {dist.get_rank()}"
+        message = describe(
+            "an all-reduce gave a wrong sum",
+            where=where,
+            expected=str(expected),
+            actual=str(float(total)),
+            fix=fix,
+        )
+        raise JobError(message)
+
+
+@cache
+def code_fingerprint() -> str:
+    """SHA-256 over the package's own source files."""
+    root = Path(h2mv_dist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(canonical_json([path.relative_to(root).as_posix()]).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return f"cpu of process {os.getpid()}"
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,425 @@
+"""Clusters of every kind, with real schedulers and workers that listen on 127.0.0.1 only."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil
+import pytest
+import torch
+import trustme
+from distributed import Client
+from pydantic import ValidationError
+
+from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings
+from h2mv_dist.errors import JobError
+from h2mv_dist.jobs import cluster, slurm
+from h2mv_dist.jobs.cluster import LOOPBACK, chosen_kind, connect, no_gpu_because, start_cluster
+from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.messages import Job, Unit
+from tests.conftest import free_port
+from tests.jobs.processes import START_SECONDS, process, wait_until
+
+
+@contextmanager
+def plain_dask(
+    folder: Path, *options: str, tls: TlsSettings | None = None, plugins: bool = True
+) -> Iterator[Path]:
+    """A ``dask scheduler`` and a ``dask worker`` as users start them; yields the scheduler file.
+
+    Without ``plugins``, the scheduler takes none from clients (``distributed.scheduler.pickle`` is no more).
+    """
+    file = folder / "scheduler.json"
+    log = folder / "scheduler.log"
+    place = [
+        "--host",
+        f"{'tcp' if tls is None else 'tls'}://{LOOPBACK}",
+        "--dashboard-address",
+        f"{LOOPBACK}:0",
+    ]
+    if tls is not None:
+        place += ["--tls-ca-file", tls.ca_file, "--tls-cert", tls.cert, "--tls-key", tls.key]
+    known = ["--scheduler-file", str(file)]
+    scheduler = ("distributed.cli.dask_scheduler", "--port", "0", *place, *known, *options)
+    worker = ("distributed.cli.dask_worker", "--nthreads", "1", *place, *known)
+    environment = {} if plugins else {"DASK_DISTRIBUTED__SCHEDULER__BLOCKED_HANDLERS": f"[{REGISTER!r}]"}
+    with process(log, *scheduler, **environment):
+        wait_until(lambda: file.exists() and file.read_text().endswith("}"), "the scheduler", log)
+        with process(folder / "worker.log", *worker):
+            yield file
+
+
+PRELOADED = ("--preload", cluster.PRELOAD)
+REGISTER = "register_scheduler_plugin"
+
+
+def assert_runs_jobs(client: Client) -> None:
+    """The coordinator leases a worker, and says that what ran there failed: the unit is empty."""
+    client.wait_for_workers(1, timeout=START_SECONDS)
+    job = Job("empty", {}, (Unit("nothing", "tile", {}, attempts=1),))
+    with pytest.raises(JobError, match="1 of 1 units of empty failed"):
+        submit(client, job).wait()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsSettings:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert(LOOPBACK)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    return TlsSettings(
+        **{
+            n: str(folder / f"{f}.pem")
+            for n, f in zip(("ca_file", "cert", "key"), ("ca", "cert", "key"), strict=True)
+        }
+    )
+
+
+# running schedulers
+
+
+@pytest.mark.parametrize("options", [(), PRELOADED], ids=["plain", "preloaded"])
+def test_a_running_scheduler_is_used_and_left_alone(options: tuple[str, ...], tmp_path: Path) -> None:
+    with plain_dask(tmp_path, *options) as file:
+        settings = ClusterSettings(scheduler_file=str(file))
+        assert chosen_kind(settings) == "address"
+        with connect(settings) as client:
+            assert_runs_jobs(client)
+        address = json.loads(file.read_text())["address"]
+        with connect(ClusterSettings(kind="address", address=address)) as client:
+            assert JobHandle("empty", client).status()["finished"], "the coordinator was replaced"
+
+
+def test_a_scheduler_that_takes_no_plugins_needs_the_preload(tmp_path: Path) -> None:
+    (tmp_path / "with").mkdir()
+    with (
+        plain_dask(tmp_path / "with", *PRELOADED, plugins=False) as file,
+        connect(ClusterSettings(scheduler_file=str(file))) as client,
+    ):
+        assert_runs_jobs(client)
+    (tmp_path / "without").mkdir()
+    with plain_dask(tmp_path / "without", plugins=False) as file:
+        with (
+            pytest.raises(JobError, match=r"--preload h2mv_dist\.jobs\.preload") as refused,
+            connect(ClusterSettings(scheduler_file=str(file))),
+        ):
+            pass
+        assert "explicitly disallowed" in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [(), PRELOADED], ids=["plain", "preloaded"])
+def test_tls_to_a_running_scheduler(options: tuple[str, ...], tls: TlsSettings, tmp_path: Path) -> None:
+    with plain_dask(tmp_path, *options, tls=tls) as file:
+        with connect(ClusterSettings(scheduler_file=str(file), tls=tls)) as client:
+            assert cluster.scheduler_address(client).startswith("tls://")
+            assert_runs_jobs(client)
+        with (
+            pytest.raises(JobError, match=r"cannot reach the Dask scheduler(.|\n)*cluster\.tls"),
+            connect(ClusterSettings(scheduler_file=str(file))),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("content", [None, "{", '["tcp://x:1"]', "{}"])
+def test_an_unusable_scheduler_file_is_explained(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    if content is not None:
+        file.write_text(content)
+    with (
+        pytest.raises(JobError, match="cannot read the scheduler file") as refused,
+        connect(ClusterSettings(scheduler_file=str(file))),
+    ):
+        pass
+    assert str(file) in str(refused.value)
+    assert "cluster start --scheduler-file" in str(refused.value)
+
+
+# workers on this machine
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses that a process and its children listen on."""
+    parent = psutil.Process(pid)
+    connections = [c for p in (parent, *parent.children(recursive=True)) for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def test_local_workers_are_as_asked_for(tls: TlsSettings, tmp_path: Path) -> None:
+    first = free_port()
+    settings = ClusterSettings(
+        kind="local",
+        workers=1,
+        threads_per_worker=3,
+        memory_limit="700MiB",
+        interface="lo",
+        port_range=f"{first}:{first + 20}",
+        local_directory=str(tmp_path),
+        tls=tls,
+    )
+    with connect(settings) as client:
+        ((address, worker),) = client.scheduler_info(n_workers=-1)["workers"].items()
+        assert address.startswith(f"tls://{LOOPBACK}:")
+        for part in (address, worker["nanny"]):
+            assert first <= int(part.rpartition(":")[2]) <= first + 20
+        assert worker["nthreads"] == 3
+        assert worker["memory_limit"] == 700 * 2**20
+        assert worker["local_directory"].startswith(str(tmp_path))
+        with urllib.request.urlopen(client.dashboard_link) as page:
+            assert b"Dask Diagnostic UI" in page.read()
+        assert listening(os.getpid()) == {LOOPBACK}
+        assert_runs_jobs(client)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (ClusterSettings(kind="local", interface="no-such0"), "no such network interface"),
+        (
+            ClusterSettings(kind="local", tls=TlsSettings(ca_file="no-ca.pem", cert="c", key="k")),
+            "cluster.tls.ca_file(.|\n)*no file no-ca.pem",
+        ),
+        (ClusterSettings(address="tcp://127.0.0.1:1"), "nothing to start"),
+        (ClusterSettings(kind="local", local_directory="/proc/nowhere"), "the cluster did not start"),
+    ],
+)
+def test_what_cannot_be_started_is_explained(settings: ClusterSettings, message: str) -> None:
+    with pytest.raises(JobError, match=message), start_cluster(settings):
+        pass
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "address"},
+        {"kind": "local", "address": "tcp://x:1"},
+        {"kind": "slurm", "scheduler_file": "x.json"},
+        {"address": "tcp://x:1", "scheduler_file": "x.json"},
+        {"port_range": "3000"},
+        {"port_range": "3026:3000"},
+        {"port_range": "3000:70000"},
+        {"memory_limit": "much"},
+        {"slurm": {"memory": "auto"}},
+        {"threads_per_worker": 0},
+    ],
+)
+def test_contradicting_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ClusterSettings.model_validate(wrong)
+
+
+# GPUs
+
+
+class _Driver(types.ModuleType):
+    """What NVML answers on a machine with so many GPUs; without a driver if None."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, n_gpus: int | None) -> None:
+        super().__init__("pynvml")
+        self.n_gpus = n_gpus
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if self.n_gpus is None:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetCount(self) -> int | None:  # noqa: N802
+        return self.n_gpus
+
+
+@pytest.mark.parametrize(
+    ("visible", "driver", "build", "reason"),
+    [
+        (None, _Driver(2), "12.9", None),
+        ("1,0", _Driver(2), "12.9", None),
+        ("", _Driver(2), "12.9", 'CUDA_VISIBLE_DEVICES = ""'),
+        ("-1", _Driver(2), "12.9", 'CUDA_VISIBLE_DEVICES = "-1"'),
+        (None, _Driver(0), "12.9", "knows no GPU"),
+        (None, _Driver(None), "12.9", "Driver Not Loaded"),
+        (None, None, "12.9", "nvidia-ml-py"),
+        (None, _Driver(2), None, "built without CUDA"),
+    ],
+)
+def test_gpus_are_found_without_initialising_cuda(
+    visible: str | None,
+    driver: _Driver | None,
+    build: str | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    assert chosen_kind(ClusterSettings()) == ("cuda" if reason is None else "local")
+    assert not torch.cuda.is_initialized()
+    if reason is None:
+        assert no_gpu_because() is None
+        return
+    assert reason in str(no_gpu_because())
+    with (
+        pytest.raises(JobError, match="there is no GPU") as refused,
+        start_cluster(ClusterSettings(kind="cuda")),
+    ):
+        pass
+    assert reason in str(refused.value)
+
+
+def test_one_worker_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dask-cuda's own way to run on a machine without GPUs; it only fails to warm the devices up."""
+    pytest.importorskip("dask_cuda")
+    monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(cluster, "no_gpu_because", lambda: None)
+    with dask.config.set({"distributed.diagnostics.nvml": False}), connect(ClusterSettings()) as client:
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert listening(os.getpid()) == {LOOPBACK}
+
+
+# Slurm
+
+
+QUEUE = {
+    "sbatch": 'cp "$1" "$QUEUE/script.$$"; setsid sh "$QUEUE/script.$$" >> "$QUEUE/log" 2>&1 &\n'
+    'touch "$QUEUE/jobs/$!"; echo "Submitted batch job $!"',
+    "squeue": 'ls "$QUEUE/jobs"',
+    "scancel": 'rm "$QUEUE/jobs/$1"; kill -- "-$1"',
+}
+"""Stand-ins for Slurm's commands: a job is a process group, and is in the queue until it is cancelled."""
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "queue"
+    (folder / "jobs").mkdir(parents=True)
+    for name, script in QUEUE.items():
+        (folder / name).write_text(f"#!/bin/sh\nQUEUE={folder}\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def test_the_slurm_job_asks_for_what_the_settings_say(tls: TlsSettings, tmp_path: Path) -> None:
+    settings = ClusterSettings(
+        kind="slurm",
+        workers=8,
+        interface="lo",
+        port_range="3000:3026",
+        local_directory="/scratch",
+        tls=tls,
+        slurm=SlurmSettings(
+            queue="gpu",
+            account="hydrology",
+            cores=32,
+            memory="64GiB",
+            processes=4,
+            walltime="02:00:00",
+            directives=("--gres=gpu:4",),
+            prologue=("module load cuda",),
+            log_directory=str(tmp_path / "logs"),
+            worker_command="dask_cuda.cli",
+        ),
+    )
+    with slurm.new_cluster(settings, LOOPBACK, cluster._security(tls)) as made:
+        script = made.job_script()
+    for line in (
+        *("-p gpu", "-A hydrology", "--cpus-per-task=32", "--mem=64G", "-t 02:00:00", "--gres=gpu:4"),
+        f"-o {tmp_path}/logs/",
+    ):
+        assert f"#SBATCH {line}" in script
+    assert "module load cuda" in script
+    for option in (
+        *("-m dask_cuda.cli tls://", "--nthreads 1", "--memory-limit 16.00GiB", "--interface lo"),
+        *("--worker-port 3000:3026", "--local-directory /scratch", "--protocol tls://"),
+        *(f"--tls-ca-file {tls.ca_file}", f"--tls-cert {tls.cert}", f"--tls-key {tls.key}"),
+    ):
+        assert option in script
+    assert "--nanny-port" not in script, "dask_cuda.cli has no such option"
+
+
+def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "WATCH_SECONDS", 0.5)
+    settings = ClusterSettings(
+        kind="slurm",
+        workers=2,
+        interface="lo",
+        memory_limit="600MiB",
+        slurm=SlurmSettings(memory="1GiB", log_directory=str(queue / "logs")),
+    )
+    jobs = queue / "jobs"
+    with connect(settings) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        assert {w["memory_limit"] for w in workers.values()} == {600 * 2**20}
+        first = sorted(job.name for job in jobs.iterdir())
+        assert len(first) == 2
+        subprocess.run([queue / "scancel", first[0]], check=True)
+        wait_until(lambda: len(list(jobs.iterdir())) == 2, "a new job", queue / "log")
+        assert first[1] in {job.name for job in jobs.iterdir()}, "a job that ran well was replaced"
+        wait_until(
+            lambda: len(set(client.scheduler_info(n_workers=-1)["workers"]) - set(workers)) == 1,
+            "its worker",
+            queue / "log",
+        )
+        assert_runs_jobs(client)
+    assert list(jobs.iterdir()) == []
+
+
+def test_a_refusal_of_slurm_is_passed_on(queue: Path) -> None:
+    (queue / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: nowhere' >&2; exit 1\n")
+    settings = ClusterSettings(kind="slurm", interface="lo", slurm=SlurmSettings(queue="nowhere"))
+    with pytest.raises(JobError, match="Slurm did not take the jobs") as refused, start_cluster(settings):
+        pass
+    assert "invalid partition specified: nowhere" in str(refused.value)
+
+
+# the command line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_cluster_start_keeps_workers_until_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    file, log, toml = tmp_path / "scheduler.json", tmp_path / "log", tmp_path / "settings.toml"
+    toml.write_text('[data]\nurl = "nowhere"\n[cluster]\nkind = "local"\nworkers = 3\n')
+    options = ("--settings", str(toml), "--workers", "1", "--set", "cluster.threads_per_worker=2")
+    command = ("h2mv_dist.cli", "cluster", "start", *options, "--scheduler-file", str(file))
+    with process(log, *command) as started:
+        wait_until(lambda: "dashboard: http" in log.read_text(), "the cluster", log)
+        assert listening(started.pid) == {LOOPBACK}
+        with connect(ClusterSettings(scheduler_file=str(file))) as client:
+            (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
+            assert worker["nthreads"] == 2
+            assert f"scheduler: {cluster.scheduler_address(client)}\n" in log.read_text()
+        family = psutil.Process(started.pid).children(recursive=True)
+        # Ctrl-C reaches every process of the terminal, a batch system's SIGTERM only the first
+        (os.killpg if number == signal.SIGINT else os.kill)(started.pid, number)
+        assert started.wait(30) == 0, log.read_text()
+    assert not psutil.wait_procs(family, timeout=5)[1]
+    assert not file.exists()
+    # a busy machine may make Dask warn of a worker that takes its time
+    assert "stopping\n" in log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_cluster_start_refuses_gpus_where_there_are_none(tmp_path: Path) -> None:
+    with process(
+        tmp_path / "log", "h2mv_dist.cli", "cluster", "start", "--cuda", CUDA_VISIBLE_DEVICES=""
+    ) as started:
+        assert started.wait(60) == 2
+    output = (tmp_path / "log").read_text()
+    assert "there is no GPU to use" in output
+    assert "Traceback" not in output

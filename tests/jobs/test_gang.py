@@ -1,0 +1,101 @@
+"""The coordinator's rules: queue, priorities, attempts, quarantine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from h2mv_dist.jobs.lease import QUARANTINE_AFTER, Health, Seat, choose_seats
+from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
+
+SEATS = st.lists(
+    st.builds(lambda h, n: Seat(f"host{h}", str(n), f"host{h}:{n}"), st.integers(0, 3), st.integers(0, 9)),
+    unique_by=lambda s: s.address,
+)
+
+
+@given(SEATS, st.integers(1, 8))
+def test_a_gang_is_whole_and_sorted_or_not_at_all(free: list[Seat], n: int) -> None:
+    chosen = choose_seats(free, n)
+    if len(free) < n:
+        assert chosen is None
+        return
+    assert chosen is not None
+    assert len(set(chosen)) == n
+    assert set(chosen) <= set(free)
+    assert list(chosen) == sorted(chosen, key=lambda s: s.position)
+    on_one_host = any(sum(s.host == h.host for s in free) >= n for h in free)
+    assert (len({s.host for s in chosen}) == 1) == on_one_host
+
+
+def unit(**fields: Any) -> Unit:
+    return Unit("fold-00", "fold", {}, **fields)
+
+
+def fail(unit: Unit, kind: FailureKind, epoch: int | None = None) -> str:
+    unit.start(("w",))
+    if epoch is not None:
+        unit.latest = {"epoch": epoch}
+    unit.end(Failure(kind, f"{kind} happened"))
+    return unit.state
+
+
+def test_failures_without_progress_are_bounded() -> None:
+    fold = unit(attempts=2)
+    assert fail(fold, "machine") == "queued"
+    assert fail(fold, "failed") == "failed"
+    assert (fold.attempt, fold.error) == (2, "failed happened")
+
+
+def test_progress_between_failures_gives_new_chances() -> None:
+    fold = unit(attempts=2)
+    assert [fail(fold, "machine", epoch) for epoch in (1, 2, 3, 3)] == ["queued"] * 3 + ["failed"]
+
+
+def test_being_asked_to_leave_is_no_failure_and_a_refusal_is_final() -> None:
+    fold = unit(attempts=1)
+    assert [fail(fold, "preempted") for _ in range(5)] == ["queued"] * 5
+    assert fail(fold, "refused") == "failed"
+
+
+def test_a_resumed_unit_goes_on_counting_attempts() -> None:
+    fold = Unit(**unit(attempt=4).message())
+    fold.start(("w",))
+    assert fold.attempt == 5
+
+
+@pytest.mark.parametrize(("always", "expected"), [(True, "queued"), (False, "cancelled")])
+def test_the_final_unit_after_a_failure(always: bool, expected: str) -> None:
+    end = Unit("end", "summary", {}, state="waiting")
+    job = Job("j", {}, (unit(), unit()), final=end, always_final=always)
+    assert job.finish() is None
+    job.units[0].state = "done"
+    assert job.finish() is None
+    job.units[1].state = "failed"
+    final = job.finish()
+    assert (final is job.final) == always
+    assert job.final is not None
+    assert job.final.state == expected
+
+
+def test_a_slot_that_keeps_failing_is_quarantined_until_it_works() -> None:
+    health = Health()
+    for _ in range(QUARANTINE_AFTER - 1):
+        health.blame("a/0", "was ended by SIGSEGV")
+    health.clear(["a/0"])
+    health.blame("a/0", "first of a new row")
+    assert not health.quarantined
+    for _ in range(QUARANTINE_AFTER):
+        health.blame("a/0", "fell off the bus")
+    assert health.quarantined == {"a/0": "fell off the bus"}
+
+
+def test_messages_survive_the_way() -> None:
+    end = Unit("end", "summary", {})
+    job = Job("j", {"a": 1}, (unit(ranks=2),), final=end, always_final=True, priority=3)
+    back = Job.from_message(job.message())
+    assert back.message() == job.message()
+    status: Mapping[str, Any] = back.status()
+    assert [u["state"] for u in status["units"]] == ["queued", "waiting"]
