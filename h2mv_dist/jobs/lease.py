@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 QUARANTINE_AFTER: Final = 3
-"""Failures in a row of one slot, each blamed on the machine, after which it is used no more."""
+"""Failures in a row of one slot, each blamed on the machine, after which it is used no more; a host may have
+twice as many over all of its slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +64,25 @@ def choose_seats(free: Iterable[Seat], n: int) -> tuple[Seat, ...] | None:
 
 @dataclass(slots=True)
 class Health:
-    """Which slots keep failing."""
+    """Which slots, and which hosts, keep failing."""
 
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
     def blame(self, slot: str, reason: str) -> None:
-        """Count a failure that was the machine's."""
-        self.reasons.setdefault(slot, []).append(reason)
+        """Count a failure that was the machine's, for the slot and its host."""
+        for place in (slot, _host(slot)):
+            self.reasons.setdefault(place, []).append(reason)
 
     def clear(self, slots: Iterable[str]) -> None:
-        """Forget failures of slots that did their work."""
+        """Forget failures of slots that did their work, and of their hosts."""
         for slot in slots:
             self.reasons.pop(slot, None)
+            self.reasons.pop(_host(slot), None)
 
     @property
     def quarantined(self) -> Mapping[str, str]:
-        """Slots not to use, each with the reason of its last failure."""
-        return {slot: why[-1] for slot, why in self.reasons.items() if len(why) >= QUARANTINE_AFTER}
+        """Slots and hosts not to use, each with the reason of its last failure."""
+        return {place: why[-1] for place, why in self.reasons.items() if len(why) >= _limit(place)}
 
     def usable(self, seats: Sequence[Seat], n: int) -> Sequence[Seat]:
         """The seats out of quarantine; all, if a gang of ``n`` could not be formed otherwise.
@@ -89,5 +92,14 @@ class Health:
         >>> [s.name for s in health.usable(seats, 1)], len(health.usable(seats, 2))
         (['1'], 2)
         """
-        sound = [seat for seat in seats if seat.slot not in self.quarantined]
+        banned = self.quarantined
+        sound = [seat for seat in seats if seat.slot not in banned and seat.host not in banned]
         return sound if len(sound) >= n else seats
+
+
+def _host(slot: str) -> str:
+    return slot.split("/", maxsplit=1)[0]
+
+
+def _limit(place: str) -> int:
+    return QUARANTINE_AFTER if "/" in place else 2 * QUARANTINE_AFTER

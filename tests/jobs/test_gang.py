@@ -92,6 +92,15 @@ def test_a_slot_that_keeps_failing_is_quarantined_until_it_works() -> None:
     assert health.quarantined == {"a/0": "fell off the bus"}
 
 
+def test_a_host_whose_slots_all_fail_is_quarantined_as_a_whole() -> None:
+    health = Health()
+    for device in range(2 * QUARANTINE_AFTER):
+        health.blame(f"bad/{device}", "the fabric is down")
+    assert health.quarantined == {"bad": "the fabric is down"}
+    seats = [Seat("bad", "9", "bad:9"), Seat("good", "0", "good:0")]
+    assert [s.host for s in health.usable(seats, 1)] == ["good"]
+
+
 def test_messages_survive_the_way() -> None:
     end = Unit("end", "summary", {})
     job = Job("j", {"a": 1}, (unit(ranks=2),), final=end, always_final=True, priority=3)
