@@ -52,6 +52,7 @@ shard_days = 366
 chunk_days = 122
 
 [cluster]
+kind = "local"           # "auto" takes GPUs where there are any; two ranks need two
 workers = 4
 """
 

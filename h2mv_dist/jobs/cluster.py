@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -160,6 +161,7 @@ def _event_loop() -> Iterator[IOLoop]:
     A terminal sends it to every process, and workers that die of it spoil the orderly end.
     """
     runner = LoopRunner()
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C in the thread that starts it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         runner.start()
@@ -196,7 +198,9 @@ def _new_cluster(
         # tasks leave no arrays on a GPU, so that there is nothing for Dask to move off it
         cluster: AbstractContextManager[Any] = _cuda_type()(device_memory_limit=None, **options)
     else:
-        cluster = LocalCluster(n_workers=settings.workers, processes=True, **options)
+        # CPU workers must not meet on a GPU that they would share
+        unseen = {"CUDA_VISIBLE_DEVICES": ""}
+        cluster = LocalCluster(n_workers=settings.workers, processes=True, env=unseen, **options)
     return cluster
 
 

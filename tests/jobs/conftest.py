@@ -32,7 +32,7 @@ def world_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
     """Four worker processes."""
-    with connect(ClusterSettings(workers=4)) as connected:
+    with connect(ClusterSettings(kind="local", workers=4)) as connected:
         yield connected
 
 
