@@ -1,6 +1,7 @@
 """Fold training on real worker processes."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,3 +146,12 @@ def test_records_hold_settings_that_read_back_and_no_storage_options(
     done = job.fold(0).done()
     assert done is not None
     assert done["epoch"] == 1
+
+
+def test_checkpoints_of_another_fold_are_refused(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    train(client, world_url, cache, tmp_path, epochs=1)
+    shutil.copytree(tmp_path / "folds" / "00", tmp_path / "folds" / "01")
+    with pytest.raises(JobError, match=r"fold-01(.|\n)*of another fold(.|\n)*expected: 1(.|\n)*actual:   0"):
+        train(client, world_url, cache, tmp_path, epochs=2, folds=[1])
