@@ -16,6 +16,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -300,6 +301,8 @@ class TrainingSettings(_Settings):
     """Jobs with a higher one get workers first."""
     cache: LocalPlace | None = None
     """Folder of each host where cells are staged; the user's cache folder if left out."""
+    cache_limit: ByteSize | None = Field(None, gt=0)
+    """Most bytes of it (``"200GB"``); what was not used for longest makes room. No limit if left out."""
 
     @model_validator(mode="after")
     def _plateau_comes_before_the_end(self) -> Self:
@@ -321,7 +324,7 @@ class TrainingSettings(_Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that change numbers: without stopping limits and places."""
-        elsewhere = {"attempts", "cache", "stuck_seconds", "keep_every", "priority"}
+        elsewhere = {"attempts", "cache", "cache_limit", "stuck_seconds", "keep_every", "priority"}
         return self.model_dump(mode="json", exclude={"folds", "epochs", "patience", *elsewhere})
 
 
@@ -644,6 +647,7 @@ def _toml_value(text: str) -> Any:
 
 _EXPECTED: Final = {
     "missing": "a value",
+    "byte_size": 'a size, such as "200GB"',
     "model_type": "a table of settings",
     "dict_type": "a table",
     "tuple_type": 'a list, such as [0, 1] or ["a", "b"]',

@@ -57,12 +57,19 @@ def _state_text(unit: Mapping[str, Any]) -> str:
 
 def _fold_line(unit: Mapping[str, Any]) -> str:
     latest = unit["latest"]
+    if _waits(unit):
+        return f"{unit['name']}: waits, {latest['reason']}"
     if "epoch" not in latest:
         return _state_text(unit)
     return (
         f"{unit['name']}: {unit['state']}, epoch {latest['epoch']}, train {_number(latest['train_loss'])}, "
         f"validation {_number(latest['valid_loss'])}, best {_number(latest['best_loss'])}"
     )
+
+
+def _waits(unit: Mapping[str, Any]) -> bool:
+    """Whether a rank waits for room in its store."""
+    return bool(unit["state"] == "running" and unit["latest"].get("event") == "waiting")
 
 
 def _fold_table(status: Mapping[str, Any]) -> Table:
@@ -72,9 +79,8 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
     for unit in status["units"]:
         latest = unit["latest"]
         losses = (_number(latest.get(k)) for k in ("train_loss", "valid_loss", "best_loss", "seconds"))
-        table.add_row(
-            unit["name"], _state(unit["state"]), str(unit["attempt"]), str(latest.get("epoch", "-")), *losses
-        )
+        state = latest["reason"].splitlines()[0] if _waits(unit) else _state(unit["state"])
+        table.add_row(unit["name"], state, str(unit["attempt"]), str(latest.get("epoch", "-")), *losses)
     return table
 
 

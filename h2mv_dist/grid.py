@@ -203,14 +203,6 @@ class Grid:
                 raise DataError(f"{name} must be strictly monotonic, found steps {np.unique(steps)}")
         return Grid(("lat", "lon"), lat, lon, mask, cell_area(lat, lon))
 
-    def same_cells(self, other: "Grid") -> bool:
-        """Whether both grids have exactly the same coordinates."""
-        return (
-            self.dims == other.dims
-            and np.array_equal(self.lat, other.lat)
-            and np.array_equal(self.lon, other.lon)
-        )
-
 
 def cell_bounds(centre: FloatArray) -> FloatArray:
     """Edges half way between neighbours, extrapolated at both ends, [n + 1].

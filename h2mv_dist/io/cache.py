@@ -5,22 +5,19 @@ Cells are numbered 0 .. n_land - 1, row-major over land. Files of one folder, na
 of :mod:`h2mv_dist.variables`; ``steps-NAME`` [step]; ``lat``, ``lon``, ``mask``, ``area``; ``meta.json``.
 """
 
-import fcntl
 import json
 import os
-import platform
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import platformdirs
@@ -29,19 +26,21 @@ from numpy.typing import NDArray
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.grid import BoolArray, Grid, IntArray, Period, Tile
-from h2mv_dist.io.handles import Handle
+from h2mv_dist.io.cache_room import META, Hold, new_part, room, turn, turn_file, unfinished
+from h2mv_dist.io.handles import Handle, whole_chunks
 from h2mv_dist.io.source import Source
 from h2mv_dist.io.stores import explained, put_object
 from h2mv_dist.io.times import Frequency, StepAxis
 from h2mv_dist.spec import Float32Array
 
 _FORMAT: Final = 1
-_META: Final = "meta.json"
 _BOXES_AT_ONCE: Final = 4
 _BOX_BYTES: Final = 2**25
 """What one box aims at in memory; a single chunk larger than this is still read whole."""
 
 _LOCAL: Final = StorageOptions()
+
+_Mapped: TypeAlias = "np.memmap[Any, np.dtype[np.float32]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +64,7 @@ class StagedCells:
         forcing: [cell, time, var].
         static: [cell, feature].
         targets: variable -> observed series.
+        hold: keeps the folder from being deleted to make room for another one.
     """
 
     path: Path
@@ -75,6 +75,7 @@ class StagedCells:
     forcing: Float32Array
     static: Float32Array
     targets: Mapping[str, Series]
+    hold: Hold | None = field(default=None, repr=False)
 
     @property
     def n_cells(self) -> int:
@@ -87,40 +88,47 @@ def default_cache() -> Path:
     return Path(platformdirs.user_cache_dir("h2mv-dist"))
 
 
-def stage(source: Source, directory: Path) -> StagedCells:
+def stage(source: Source, directory: Path, limit_bytes: int | None = None) -> StagedCells:
     """Write every land cell of ``source`` below ``directory``, unless that was done before.
+
+    With a limit, folders that nobody on this host has open make room first, those that were not opened for
+    longest before others.
 
     Processes of one host wait for the one that is at it; what killed ones left is removed. Where locks do not
     work across processes all of them stage, the first one's folder stays, and the others use it.
 
     Raises:
         DataError: forcing or static features are not finite on land.
-        StoreError: the source cannot be read, or there is no room below ``directory``.
+        StoreError: the source cannot be read, or there is no room below ``directory`` or within the limit.
     """
     final = directory / source.cache_key
     with explained(str(directory), _LOCAL):
         directory.mkdir(parents=True, exist_ok=True)
-        with _turn(directory / f".{final.name}.lock") as locked:
+        with turn(turn_file(final)) as locked:
             if locked:
                 _remove_left_overs(final)
             if not is_staged(directory, final.name):
-                _write_once(source, final)
-    return open_staged(final)
+                _write_once(source, final, limit_bytes)
+            # opened while it is our turn: nobody deletes the folder in between
+            return open_staged(final)
 
 
 def is_staged(directory: Path, key: str) -> bool:
     """Whether the cells of a source with this ``cache_key`` are complete below ``directory``."""
-    return (directory / key / _META).exists()
+    return (directory / key / META).exists()
 
 
 def open_staged(path: Path) -> StagedCells:
     """Open the folder that :func:`stage` wrote; nothing is read into memory but coordinates.
 
+    As long as the cells are referred to, no process of this host deletes the folder to make room.
+
     Raises:
         StoreError: there is no complete folder of this version.
     """
     with explained(str(path), _LOCAL):
-        meta = json.loads((path / _META).read_text())
+        hold = Hold(path)
+        meta = json.loads((path / META).read_text())
         if meta["format"] != _FORMAT:
             raise _other_format(path, meta["format"])
         targets = {name: _open_series(path, name, frequency) for name, frequency in meta["targets"]}
@@ -133,6 +141,7 @@ def open_staged(path: Path) -> StagedCells:
             forcing=_load(path, "forcing", mapped=True),
             static=_load(path, "static", mapped=True),
             targets=MappingProxyType(targets),
+            hold=hold,
         )
 
 
@@ -161,36 +170,21 @@ def _load(path: Path, name: str, *, mapped: bool = False) -> NDArray[Any]:
 # -------------------- writing
 
 
-@contextmanager
-def _turn(lock: Path) -> Iterator[bool]:
-    """Hold a lock that ends with this process; without working locks, go on without and say so."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
-
-
-def _unfinished(final: Path) -> str:
-    """How the names of this host's unfinished folders begin: some file systems lock for one host only."""
-    return f".{final.name}.{platform.node()}."
-
-
 def _remove_left_overs(final: Path) -> None:
     """Delete what killed processes left; under the lock nobody else of this host is filling a folder."""
     for path in final.parent.iterdir():
-        if path.name.startswith(_unfinished(final)):
+        if path.name.startswith(unfinished(final)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_once(source: Source, final: Path) -> None:
+def _write_once(source: Source, final: Path, limit_bytes: int | None) -> None:
     """Fill a folder of our own and give it its name; whoever names it first has written the same."""
-    part = final.with_name(_unfinished(final) + secrets.token_hex(8))
+    part = new_part(final)
     part.mkdir()
     try:
-        _write(source, part)
+        with room(final.parent, _staged_bytes(source), limit_bytes):
+            arrays = _create_arrays(source, part)
+        _fill(source, part, arrays)
         # a rename that fails because of anything else shows as soon as the folder is opened
         with suppress(OSError):
             part.rename(final)
@@ -198,25 +192,47 @@ def _write_once(source: Source, final: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(source: Source, folder: Path) -> None:
-    grid, n_cells = source.grid, source.grid.n_land
-    forcing = _create(folder, "forcing", (n_cells, source.period.n_days, len(source.forcing)))
-    static = _create(folder, "static", (n_cells, len(source.static)))
-    targets = {n: _create(folder, f"target-{n}", (n_cells, len(a))) for n, a in source.targets.items()}
+class _Arrays(NamedTuple):
+    """The large arrays of a folder that is being filled."""
+
+    forcing: _Mapped
+    static: _Mapped
+    targets: Mapping[str, _Mapped]
+
+
+def _staged_bytes(source: Source) -> int:
+    """About what a folder takes, bytes."""
+    columns = source.period.n_days * len(source.forcing) + len(source.static)
+    columns += sum(len(axis) for axis in source.targets.values())
+    grid = source.grid
+    return 4 * grid.n_land * columns + sum(a.nbytes for a in (grid.lat, grid.lon, grid.mask, grid.area))
+
+
+def _create_arrays(source: Source, folder: Path) -> _Arrays:
+    n_cells = source.grid.n_land
+    return _Arrays(
+        _create(folder, "forcing", (n_cells, source.period.n_days, len(source.forcing))),
+        _create(folder, "static", (n_cells, len(source.static))),
+        {n: _create(folder, f"target-{n}", (n_cells, len(a))) for n, a in source.targets.items()},
+    )
+
+
+def _fill(source: Source, folder: Path, arrays: _Arrays) -> None:
+    targets = arrays.targets
     _run_all(
         [
-            *_static_boxes(source, static),
-            *_forcing_boxes(source, forcing),
+            *_static_boxes(source, arrays.static),
+            *_forcing_boxes(source, arrays.forcing),
             *(box for name, values in targets.items() for box in _target_boxes(source, name, values)),
         ]
     )
-    for values in (forcing, static, *targets.values()):
+    for values in (arrays.forcing, arrays.static, *targets.values()):
         values.flush()
     for name, axis in source.targets.items():
         np.save(folder / f"steps-{name}.npy", axis.days)
     for name in ("lat", "lon", "mask", "area"):
-        np.save(folder / f"{name}.npy", getattr(grid, name))
-    put_object(str(folder / _META), canonical_json(_meta(source)).encode(), _LOCAL)
+        np.save(folder / f"{name}.npy", getattr(source.grid, name))
+    put_object(str(folder / META), canonical_json(_meta(source)).encode(), _LOCAL)
 
 
 def _meta(source: Source) -> dict[str, object]:
@@ -230,7 +246,7 @@ def _meta(source: Source) -> dict[str, object]:
     }
 
 
-def _create(folder: Path, name: str, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
+def _create(folder: Path, name: str, shape: tuple[int, ...]) -> _Mapped:
     path = folder / f"{name}.npy"
     values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     if sys.platform == "linux":
@@ -255,7 +271,8 @@ def _forcing_boxes(source: Source, staged: Float32Array) -> Iterator[Callable[[]
     bytes_a_step = 4 * len(source.forcing)
     shape = _box_shape(source, source.arrays.forcing, bytes_a_step * source.period.n_days)
     for tile in source.grid.land_tiles(shape):
-        for period in source.time_blocks(_BOX_BYTES // (bytes_a_step * prod(tile.shape))):
+        n_days = _BOX_BYTES // (bytes_a_step * prod(tile.shape))
+        for period in source.time_blocks(source.period, n_days):
             yield partial(_stage_forcing, source, tile, period, staged)
 
 
@@ -263,7 +280,8 @@ def _target_boxes(source: Source, name: str, staged: Float32Array) -> Iterator[C
     handle, n_steps = source.arrays.targets[name].handle, len(source.targets[name])
     shape = _box_shape(source, [handle], 4 * n_steps)
     for tile in source.grid.land_tiles(shape):
-        for steps in handle.time_blocks(n_steps, _BOX_BYTES // (4 * prod(tile.shape))):
+        starts = [handle.chunk_starts(slice(0, n_steps))]
+        for steps in whole_chunks(starts, _BOX_BYTES // (4 * prod(tile.shape))):
             yield partial(_stage_target, source, name, tile, steps, staged)
 
 
@@ -281,11 +299,9 @@ def _box_shape(source: Source, handles: Sequence[Handle], bytes_a_cell: int) -> 
 
 
 def _stage_forcing(source: Source, tile: Tile, period: Period, staged: Float32Array) -> None:
-    values = source.read_forcing(tile, period)
-    land = source.grid.mask[tile.slices]
     first = period.first - source.period.first
-    cells = _positions(source.grid, tile, land)
-    staged[cells, first : first + period.n_days] = np.swapaxes(values[:, land], 0, 1)
+    cells = _positions(source.grid, tile, source.grid.mask[tile.slices])
+    staged[cells, first : first + period.n_days] = source.read_land_forcing(tile, period)
 
 
 def _stage_target(source: Source, name: str, tile: Tile, steps: slice, staged: Float32Array) -> None:

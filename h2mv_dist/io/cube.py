@@ -6,9 +6,11 @@ NAME_spread their standard deviation. Float32, NaN over sea and where nothing wa
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from h2mv_dist.config import canonical_json
 from h2mv_dist.errors import ConfigError, describe
-from h2mv_dist.grid import FloatArray, Grid, Period, cell_bounds
+from h2mv_dist.grid import FloatArray, Grid, Period, Tile, cell_bounds
 from h2mv_dist.variables import Variable, variable
 
 FINGERPRINT: Final = "h2mv_dist_fingerprint"
@@ -25,13 +27,28 @@ FINGERPRINT: Final = "h2mv_dist_fingerprint"
 LAYOUT: Final = "h2mv_dist_layout"
 """Root attribute that holds everything that decides which bytes a unit writes and where, as JSON."""
 
+PLACES: Final = ("data_url", "training_job")
+"""Root attributes that say where a cube's inputs were; the same inputs may lie elsewhere on another day."""
+
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
+
+_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile")
+"""What a layout has several of."""
 
 ONE_OWNER: Final = "two writers in one shard lose data without any error"
 """Why shards are written whole, by one owner."""
 
 _TIME_METHODS: Final = {"mm d-1": "time: mean", "mm": "time: point (comment: end of the day)"}
+_GENERAL: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "title": "Water cycle of the land surface, simulated by a hybrid model",
+        "source": "h2mv_dist",
+        "Conventions": "CF-1.11",
+    }
+)
+"""Root attributes of every cube."""
+
 _ONLY_OF_THE_MEAN: Final = ("standard_name", "ancillary_variables")
 
 
@@ -54,7 +71,8 @@ class CubeLayout:
         tile: cells of a tile along each spatial axis; a multiple of the shard.
         chunk_days: days of a chunk.
         shard_days: days of a shard; a multiple of the chunk's.
-        attributes: provenance for the root; holds :data:`FINGERPRINT`, and nothing that differs between runs.
+        attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`PLACES`, nothing
+            that differs between runs.
     """
 
     grid: Grid
@@ -85,6 +103,11 @@ class CubeLayout:
         return self.attributes[FINGERPRINT]
 
     @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Tiles with land, in order."""
+        return self.grid.land_tiles(self.tile)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Length of every dimension."""
         space = dict(zip(self.grid.dims, self.grid.shape, strict=True))
@@ -99,15 +122,6 @@ class CubeLayout:
 def projected_bytes(layout: CubeLayout) -> int:
     """Bytes of the whole cube before compression, coordinates included."""
     return sum(array.n_bytes for array in planned_arrays(layout))
-
-
-def block_bytes(layout: CubeLayout) -> int:
-    """Bytes, before compression, that one tile writes for one time block of all daily variables."""
-    cells = prod(min(t, n) for t, n in zip(layout.tile, layout.grid.shape, strict=True))
-    days = min(layout.shard_days, layout.period.n_days)
-    arrays = sum(len(layout.arrays_of(name)) for name in layout.daily)
-    members = len(layout.members) if layout.member_axis else 1
-    return 4 * arrays * members * days * cells
 
 
 def _check_names(layout: CubeLayout) -> None:
@@ -154,21 +168,28 @@ def _check_multiples(
 
 
 def root_attributes(layout: CubeLayout) -> dict[str, str]:
-    """Attributes of a finished cube's root; equal for two cubes only if they are made in the same way."""
-    return {
-        "title": "Water cycle of the land surface, simulated by a hybrid model",
-        "source": "h2mv_dist",
-        **layout.attributes,
-        "Conventions": "CF-1.11",
-        LAYOUT: canonical_json(_geometry(layout)),
-    }
+    """Attributes of a finished cube's root; but for PLACES equal only for cubes made in the same way."""
+    return {**_GENERAL, **layout.attributes, LAYOUT: canonical_json(_geometry(layout))}
+
+
+def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
+    """Inverse of :func:`root_attributes`; ``grid`` is from the cube's coordinates, and not compared here."""
+    geometry = json.loads(attributes[LAYOUT])
+    return CubeLayout(
+        grid=grid,
+        period=Period.parse(geometry["period"]),
+        member_axis=geometry["member_axis"],
+        chunk_days=geometry["chunk_days"],
+        shard_days=geometry["shard_days"],
+        attributes={name: text for name, text in attributes.items() if name not in (*_GENERAL, LAYOUT)},
+        **{name: tuple(geometry[name]) for name in _LISTS},
+    )
 
 
 def _geometry(layout: CubeLayout) -> dict[str, object]:
     """Everything that decides which bytes a unit writes and where; compared when a run is resumed."""
     grid = layout.grid
-    names = ("daily", "static", "constants", "members", "chunk", "shard", "tile")
-    numbers = {name: list(getattr(layout, name)) for name in names}
+    numbers = {name: list(getattr(layout, name)) for name in _LISTS}
     cells = {"lat": grid.lat, "lon": grid.lon, "area": grid.area, "mask": grid.mask.astype(np.float64)}
     return {
         **numbers,

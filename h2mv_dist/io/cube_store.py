@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zarr
@@ -13,7 +13,17 @@ from zarr.errors import ZarrUserWarning
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
-from h2mv_dist.io.cube import FINGERPRINT, LAYOUT, CubeLayout, PlannedArray, planned_arrays, root_attributes
+from h2mv_dist.grid import Grid
+from h2mv_dist.io.cube import (
+    FINGERPRINT,
+    LAYOUT,
+    PLACES,
+    CubeLayout,
+    PlannedArray,
+    layout_of,
+    planned_arrays,
+    root_attributes,
+)
 from h2mv_dist.io.ledger import ledger_url
 from h2mv_dist.io.stores import (
     delete_tree,
@@ -65,7 +75,34 @@ def require_cube(url: str, layout: CubeLayout, options: StorageOptions) -> None:
     if differences:
         raise _another_cube(url, differences)
     if found is None or not found.finished:
-        raise StoreError(f"no complete cube at {displayed(url)}: call create_cube first")
+        raise _no_cube(url)
+
+
+def read_layout(url: str, options: StorageOptions) -> CubeLayout:
+    """What the cube at ``url`` was created as, from its metadata and coordinates.
+
+    Raises:
+        StoreError: there is no complete cube, or its coordinates are not those it was created with.
+    """
+    found = _existing(url, options)
+    if found is None or not found.finished:
+        raise _no_cube(url)
+    with explained(url, options):
+        group = zarr.open_group(open_store(url, options, read_only=True), mode="r", use_consolidated=False)
+        lat, lon, mask, area = (np.asarray(group[name]) for name in ("lat", "lon", "land_mask", "cell_area"))
+    layout = layout_of(found.attributes, Grid(tuple(found.geometry["dims"]), lat, lon, mask != 0, area))
+    differences = _differences(found.attributes, root_attributes(layout))
+    if differences:
+        raise StoreError(
+            describe(
+                "the coordinates of a cube were changed",
+                where=displayed(url),
+                expected="those it was created with",
+                actual="it differs in " + ", ".join(differences),
+                fix="make the cube again, with inference.overwrite",
+            )
+        )
+    return layout
 
 
 def consolidate(url: str, options: StorageOptions) -> None:
@@ -119,6 +156,12 @@ class _Found(NamedTuple):
     attributes: Mapping[str, str]
     finished: bool
 
+    @property
+    def geometry(self) -> Mapping[str, Any]:
+        """The parsed layout."""
+        parsed: Mapping[str, Any] = json.loads(self.attributes[LAYOUT])
+        return parsed
+
 
 def _existing(url: str, options: StorageOptions) -> _Found | None:
     """The cube at ``url``, or None where nothing is.
@@ -156,7 +199,7 @@ def _parsed(root: bytes) -> _Found | None:
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
-    """One line for every root attribute or part of the layout that differs."""
+    """One line for every root attribute or part of the layout that differs; but for :data:`PLACES`."""
     there, here = _flat(found), _flat(wanted)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     return tuple(
@@ -166,12 +209,24 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[s
 
 def _flat(attributes: Mapping[str, str]) -> dict[str, object]:
     layout = {f"layout.{name}": value for name, value in json.loads(attributes[LAYOUT]).items()}
-    return {**{name: value for name, value in attributes.items() if name != LAYOUT}, **layout}
+    return {n: value for n, value in attributes.items() if n not in (LAYOUT, *PLACES)} | layout
 
 
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _no_cube(url: str) -> StoreError:
+    return StoreError(
+        describe(
+            "there is no complete cube",
+            where=displayed(url),
+            expected="a cube that h2mv-dist infer created",
+            actual="nothing, or metadata that were not written to the end",
+            fix="check the path, or run h2mv-dist infer (again)",
+        )
+    )
 
 
 def _another_cube(url: str, differences: tuple[str, ...]) -> StoreError:

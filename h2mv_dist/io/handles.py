@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import xarray as xr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
-from h2mv_dist.grid import Period, as_date
+from h2mv_dist.grid import BoolArray, Period, as_date
 from h2mv_dist.io.cf import Coordinate, decode, values_of
 from h2mv_dist.io.library import Found
 from h2mv_dist.io.spaces import Space, flipped_dims, space_of
 from h2mv_dist.io.stores import explained
-from h2mv_dist.io.times import StepAxis, Times, daily_times, target_steps
+from h2mv_dist.io.times import DailyTimes, StepAxis, Times, target_steps
 from h2mv_dist.io.units import Conversion, conversion_of
 from h2mv_dist.spec import Float32Array
 
@@ -78,14 +79,30 @@ class Handle:
                 ) from error
         return self.conversion.apply(values.transpose([stored.index(d) for d in self.dims]))
 
-    def time_blocks(self, length: int, n_steps: int) -> Iterator[slice]:
-        """Cut ``length`` steps into blocks of about ``n_steps`` that start where chunks in time start."""
-        chunk = self.chunks[0]
-        block = max(n_steps // chunk, 1) * chunk
-        start = self.origin
-        edges = (start, *range(start // chunk * chunk + block, start + length, block), start + length)
-        for begin, stop in pairwise(edges):
-            yield slice(begin - start, stop - start)
+    def chunk_starts(self, steps: slice) -> BoolArray:
+        """Whether a chunk starts at each of the steps along the first axis, [step]."""
+        stored = np.arange(self.origin + steps.start, self.origin + steps.stop)
+        return np.asarray(stored % self.chunks[0] == 0)
+
+
+def whole_chunks(starts: Sequence[BoolArray], n_steps: int) -> Iterator[slice]:
+    """Cut steps where chunks of every array start, into parts of at most ``n_steps`` if chunks are no longer.
+
+    Args:
+        starts: for each array, whether a chunk starts at a step, [step].
+        n_steps: most steps of a part; a part that has no cut inside may be longer.
+
+    >>> starts = np.array([False, True, False, True, False])
+    >>> [(part.start, part.stop) for part in whole_chunks([starts], 3)]
+    [(0, 3), (3, 5)]
+    """
+    common = np.logical_and.reduce(starts)
+    stops = [*(int(i) for i in np.flatnonzero(common) if i > 0), common.size]
+    start = 0
+    for stop, following in pairwise([*stops, common.size + n_steps + 1]):
+        if following - start > n_steps:
+            yield slice(start, stop)
+            start = stop
 
 
 class Target(NamedTuple):
@@ -95,17 +112,22 @@ class Target(NamedTuple):
     handle: Handle
 
 
-def forcing_handle(found: Found, period: Period, reference: Space) -> Handle:
+def forcing_handle(found: Found, stored: DailyTimes, period: Period, reference: Space) -> Handle:
     """A forcing variable, [time, *space], on the days of ``period`` and the axes of ``reference``.
 
+    Args:
+        found: the variable.
+        stored: its time axis.
+        period: days that it has.
+        reference: the axes of the source.
+
     Raises:
-        DataError: it is on another grid, on further axes or not daily, or its units cannot be converted.
+        DataError: it is on another grid or on further axes, or its units cannot be converted.
         StoreError: its coordinates cannot be read.
     """
-    times, stored = daily_times(found)
-    handle = _handle(found, space_of(found), reference, (times.dim,), None)
-    first = period.first - stored.first
-    return _cut(handle, times, slice(first, first + period.n_days))
+    handle = _handle(found, space_of(found), reference, (stored.times.dim,), None)
+    first = period.first - stored.period.first
+    return _cut(handle, stored.times, slice(first, first + period.n_days))
 
 
 def target_of(found: Found, period: Period, reference: Space) -> Target:

@@ -16,7 +16,7 @@ from h2mv_dist.grid import BoolArray, FloatArray, Grid, Period
 from h2mv_dist.io.handles import Handle, Target, forcing_handle, map_handle, static_handle, target_of
 from h2mv_dist.io.library import Found, Library, find_array, find_variable
 from h2mv_dist.io.spaces import Space, grid_of, space_of
-from h2mv_dist.io.times import common_period
+from h2mv_dist.io.times import common_period, daily_times
 from h2mv_dist.io.units import conversion_of
 from h2mv_dist.variables import VARIABLES, nearest
 
@@ -66,8 +66,9 @@ def open_arrays(
     library = Library(options)
     found = [find_variable(data, name, library) for name in forcing]
     space = space_of(found[0])
-    period = common_period(found, data.period)
-    drivers = tuple(forcing_handle(f, period, space) for f in found)
+    times = [daily_times(f) for f in found]
+    period = common_period(found, [stored.period for stored in times], data.period)
+    drivers = tuple(forcing_handle(f, t, period, space) for f, t in zip(found, times, strict=True))
     static_found = [find_array(data, name, data.variables.get(name), library) for name in data.static]
     static = tuple(static_handle(f, space) for f in static_found)
     observed = {name: find_variable(data, name, library) for name in targets}

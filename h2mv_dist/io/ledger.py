@@ -16,6 +16,9 @@ from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.io.stores import displayed, get_object, join, list_objects, put_object
 
+FINISH_UNIT: Final = "finish"
+"""The unit that comes after all tiles: constants and consolidated metadata."""
+
 _SUFFIX: Final = ".json"
 _UNIT: Final = re.compile(r"[\w.-]+", re.ASCII)
 _READERS: Final = 8

@@ -17,12 +17,10 @@ from zarr.storage import WrapperStore
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
-from h2mv_dist.io.cube import FINGERPRINT, ONE_OWNER, CubeLayout
-from h2mv_dist.io.cube_store import consolidate, create_cube, require_cube
+from h2mv_dist.io.cube import ONE_OWNER, CubeLayout
+from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import displayed, explained, open_store
 from h2mv_dist.spec import Float32Array
-
-__all__ = ["FINGERPRINT", "CubeLayout", "Sink", "consolidate", "create_cube", "stored_checksum"]
 
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
@@ -92,26 +90,55 @@ class Sink:
                 yield block
 
 
-def stored_checksum(
-    url: str,
-    layout: CubeLayout,
-    options: StorageOptions,
-    *,
-    tile: Tile | None = None,
-    period: Period | None = None,
-) -> str:
-    """What the matching ``write`` returned, worked out again from the stored values.
+@dataclass(frozen=True)
+class StoredValues:
+    """What a cube holds, read back to be compared with receipts."""
 
-    With a tile and a period: daily variables; with a tile only: static ones; with neither: constants.
+    layout: CubeLayout
+    arrays: Mapping[str, ZarrArray]
+    url: str
+    options: StorageOptions
 
-    Raises:
-        StoreError: the region is not made of whole shards, is damaged, or cannot be read.
-    """
-    region = _region(layout, tile, period)
-    store = open_store(url, options, read_only=True)
-    with explained(url, options):
-        arrays = _opened(store, layout, region.names)
-        return _checksum(_read(array, region, url) for array in arrays.values())
+    @staticmethod
+    def open(url: str, layout: CubeLayout, options: StorageOptions) -> "StoredValues":
+        """Open the arrays of the cube at ``url``.
+
+        Raises:
+            StoreError: there is none, or it cannot be reached.
+        """
+        store = open_store(url, options, read_only=True)
+        names = (*layout.daily, *layout.static, *layout.constants)
+        with explained(url, options):
+            return StoredValues(layout, _opened(store, layout, names), url, options)
+
+    def checksum(self, *, tile: Tile | None = None, period: Period | None = None) -> str:
+        """What the matching ``write`` returned, worked out again from the stored values.
+
+        With a tile and a period: daily variables; with a tile only: static ones; with neither: constants.
+
+        Raises:
+            DamagedError: what is stored does not match its own checksums.
+            StoreError: the region is not made of whole shards, or cannot be read.
+        """
+        region = _region(self.layout, tile, period)
+        names = (array_name for name in region.names for array_name in self.layout.arrays_of(name))
+        with explained(self.url, self.options):
+            return _checksum(_read(self.arrays[name], region, self.url) for name in names)
+
+    def tile_checksum(self, tile: Tile) -> str:
+        """What the receipt of a tile should say: its static variables, then its time blocks."""
+        blocks = self.layout.period.blocks(self.layout.shard_days)
+        parts = [self.checksum(tile=tile), *(self.checksum(tile=tile, period=block) for block in blocks)]
+        return unit_checksum(parts)
+
+
+def unit_checksum(checksums: Iterable[str]) -> str:
+    """What the receipt of a unit says: SHA-256 over the checksums of its writes, in their order."""
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
+
+
+class DamagedError(StoreError):
+    """Stored values do not match their own checksums."""
 
 
 class _NoReadBack(WrapperStore[Store]):
@@ -183,7 +210,7 @@ def _read(array: ZarrArray, region: _Region, url: str) -> Float32Array:
         return np.asarray(array[region.where], np.float32)
     # What zarr raises where the CRC-32C of a chunk or of a shard's index does not match.
     except ValueError as error:
-        raise StoreError(
+        raise DamagedError(
             describe(
                 "stored values are damaged",
                 where=f"{displayed(url)}, array {array.name}, {region.where}",

@@ -16,7 +16,7 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.handles import Handle
+from h2mv_dist.io.handles import Handle, whole_chunks
 from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
@@ -58,10 +58,16 @@ class Source:
             for sizes, n in zip(zip(*spatial, strict=True), self.grid.shape, strict=True)
         )
 
-    def time_blocks(self, n_days: int) -> Iterator[Period]:
-        """Cut the period into blocks of about ``n_days`` that start where chunks in time start."""
-        for days in self.arrays.forcing[0].time_blocks(self.period.n_days, n_days):
-            yield Period(as_date(self.period.first + days.start), as_date(self.period.first + days.stop))
+    def time_blocks(self, period: Period, n_days: int) -> Iterator[Period]:
+        """Cut a period where chunks of all forcing variables start, into blocks of at most ``n_days``.
+
+        Longer chunks give longer blocks; where those of different variables never start together, the block
+        is the whole period.
+        """
+        days = self._days(period)
+        starts = [handle.chunk_starts(days) for handle in self.arrays.forcing]
+        for block in whole_chunks(starts, n_days):
+            yield Period(as_date(period.first + block.start), as_date(period.first + block.stop))
 
     def read_forcing(self, tile: Tile, period: Period) -> Float32Array:
         """Forcing of a tile, [time, *tile.shape, var]; sea may hold anything.
@@ -70,13 +76,26 @@ class Source:
             DataError: the tile or period is not part of this source, or a land cell has no finite value.
             StoreError: the store cannot be read.
         """
-        self._check_tile(tile)
-        days = self._days(period)
         values = np.empty((period.n_days, *tile.shape, len(self.forcing)), np.float32)
-        for column, part in enumerate(_read_all(self.arrays.forcing, (days, *tile.slices))):
+        for column, part in enumerate(self._read_forcing(tile, period)):
             values[..., column] = part
-            self._check_forcing(self.forcing[column], part, tile, period)
         return values
+
+    def read_land_forcing(self, tile: Tile, period: Period) -> Float32Array:
+        """Forcing of a tile's land cells in row-major order, [cell, time, var]; see :meth:`read_forcing`."""
+        land = self.grid.mask[tile.slices]
+        values = np.empty((int(land.sum()), period.n_days, len(self.forcing)), np.float32)
+        for column, part in enumerate(self._read_forcing(tile, period)):
+            values[..., column] = part[:, land].T
+        return values
+
+    def _read_forcing(self, tile: Tile, period: Period) -> Iterator[Float32Array]:
+        """One variable after the other, [time, *tile.shape]."""
+        self._check_tile(tile)
+        parts = _read_each(self.arrays.forcing, (self._days(period), *tile.slices))
+        for name, part in zip(self.forcing, parts, strict=True):
+            self._check_forcing(name, part, tile, period)
+            yield part
 
     def read_static(self, tile: Tile) -> Float32Array:
         """Static features of a tile, [*tile.shape, feature]; sea may hold anything.
@@ -86,7 +105,7 @@ class Source:
             StoreError: the store cannot be read.
         """
         self._check_tile(tile)
-        parts = _read_all(self.arrays.static, tile.slices)
+        parts = _read_each(self.arrays.static, tile.slices)
         values = np.concatenate([part.reshape(*tile.shape, -1) for part in parts], axis=-1)
         bad = ~np.isfinite(values) & self.grid.mask[tile.slices][..., None]
         if bad.any():
@@ -102,7 +121,7 @@ class Source:
         """
         self._check_tile(tile)
         handles = [target.handle for target in self.arrays.targets.values()]
-        parts = _read_all(handles, (slice(None), *tile.slices))
+        parts = list(_read_each(handles, (slice(None), *tile.slices)))
         for name, part in zip(self.targets, parts, strict=True):
             self._check_target(name, part, tile)
         return MappingProxyType(dict(zip(self.targets, parts, strict=True)))
@@ -256,12 +275,11 @@ def open_source(
     )
 
 
-def _read_all(handles: Sequence[Handle], box: tuple[slice, ...]) -> list[Float32Array]:
-    """Read the same box of several arrays at once."""
-    if not handles:
-        return []
-    with ThreadPoolExecutor(len(handles), "h2mv-read") as pool:
-        return list(pool.map(lambda handle: handle.read(*box), handles))
+def _read_each(handles: Sequence[Handle], box: tuple[slice, ...]) -> Iterator[Float32Array]:
+    """Read the same box of several arrays at once; hand them out in their order, and let go of each."""
+    if handles:
+        with ThreadPoolExecutor(len(handles), "h2mv-read") as pool:
+            yield from pool.map(lambda handle: handle.read(*box), handles)
 
 
 def _joined(parts: list[Moments]) -> Moments:

@@ -1,5 +1,6 @@
 """Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -120,8 +121,15 @@ def _unreadable_time(found: Found, coordinate: Coordinate, reason: str) -> DataE
     )
 
 
-def daily_times(found: Found) -> tuple[Times, Period]:
-    """Time stamps of a forcing variable, which has every day exactly once, and the days they cover.
+class DailyTimes(NamedTuple):
+    """Time stamps of a forcing variable, and the days they cover."""
+
+    times: Times
+    period: Period
+
+
+def daily_times(found: Found) -> DailyTimes:
+    """The time axis of a forcing variable, which has every day exactly once.
 
     Raises:
         DataError: a day is missing, doubled or out of order, or the time coordinate cannot be understood.
@@ -136,7 +144,7 @@ def daily_times(found: Found) -> tuple[Times, Period]:
     if (jumps != 1).any():
         at = int(np.argmax(jumps != 1))
         raise _broken_days(found, int(days[at]), int(jumps[at]))
-    return times, Period(as_date(int(days[0])), as_date(int(days[-1]) + 1))
+    return DailyTimes(times, Period(as_date(int(days[0])), as_date(int(days[-1]) + 1)))
 
 
 def _refuse_sub_daily(found: Found, times: Times) -> None:
@@ -229,14 +237,17 @@ def _unsorted_steps(found: Found, frequency: Frequency, before: int, after: int)
     )
 
 
-def common_period(found: list[Found], wanted: Period | None) -> Period:
+def common_period(found: Sequence[Found], periods: Sequence[Period], wanted: Period | None) -> Period:
     """The days that are used: ``wanted``, else all; every forcing variable has them.
 
+    Args:
+        found: the forcing variables.
+        periods: the days of each.
+        wanted: the days asked for; None for all.
+
     Raises:
-        DataError: a variable has other days, or its time axis is refused by :func:`daily_times`.
-        StoreError: a time coordinate cannot be read.
+        DataError: a variable has other days.
     """
-    periods = [daily_times(f)[1] for f in found]
     for f, period in zip(found, periods, strict=True):
         if wanted is None and period != periods[0]:
             raise _other_period(

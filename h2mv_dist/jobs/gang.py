@@ -24,12 +24,15 @@ from tornado.ioloop import PeriodicCallback
 from h2mv_dist.jobs import prometheus, tasks
 from h2mv_dist.jobs.lease import Health, Seat, choose_seats
 from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
-from h2mv_dist.jobs.preemption import Preemption
+from h2mv_dist.jobs.preemption import NannyPreemption, Preemption
 
 PLUGIN_NAME: Final = "h2mv-coordinator"
 PUMP_MILLISECONDS: Final = 500
 """How often waiting units are looked at, beside every event: a worker joins before it is ready."""
 TELLING_SECONDS: Final = 1.0
+"""How long the other ranks may take to tell why they ended."""
+BLAMING_SECONDS: Final = 5.0
+"""The same while all that is known is that one of them is to blame; a stopped rank is not quickly ended."""
 SILENT_SECONDS: Final = 10.0
 SILENT_HEARTBEATS: Final = 5
 """A worker that was not heard of for this long, and missed so many heartbeats, gets no rank."""
@@ -38,12 +41,21 @@ _SEVERITY: Final[tuple[str, ...]] = get_args(FailureKind)
 
 @dataclass(slots=True)
 class _Gang:
-    """The seats of one attempt of one unit; ``ended`` is set when it must not go on."""
+    """One attempt of one unit.
+
+    Attributes:
+        job: its job's id.
+        name: unique.
+        seats: one a rank.
+        ended: set when it must not go on.
+        told: why the first of its ranks ended early, in its own words.
+    """
 
     job: str
     name: str
     seats: tuple[Seat, ...]
     ended: asyncio.Future[Failure]
+    told: asyncio.Future[Failure]
 
     def end(self, failure: Failure) -> None:
         """Make the attempt end early, for the first reason given."""
@@ -84,6 +96,9 @@ class Coordinator(SchedulerPlugin):
         # every worker, also one that joins later, learns to leave in an orderly way
         await scheduler.register_worker_plugin(
             comm=None, plugin=pickle.dumps(Preemption()), name=Preemption.name, idempotent=True
+        )
+        await scheduler.register_nanny_plugin(
+            comm=None, plugin=pickle.dumps(NannyPreemption()), name=NannyPreemption.name, idempotent=True
         )
         scheduler.handlers.update(h2mv_submit=self.submit, h2mv_status=self.status, h2mv_cancel=self.cancel)
         self.unregister = prometheus.register(self.jobs, self.health)
@@ -183,7 +198,8 @@ class Coordinator(SchedulerPlugin):
         unit.start(tuple(seat.address for seat in seats))
         # the random part keeps attempts apart that two schedulers number alike
         name = f"{job.id}/{unit.name}/{unit.attempt}-{secrets.token_hex(4)}"
-        gang = _Gang(job.id, name, seats, asyncio.get_running_loop().create_future())
+        new_future = asyncio.get_running_loop().create_future
+        gang = _Gang(job.id, name, seats, ended=new_future(), told=new_future())
         self.leases.update((seat.address, gang) for seat in seats)
         task = asyncio.ensure_future(self._run(job, unit, gang))
         self.running.add(task)
@@ -219,7 +235,7 @@ class Coordinator(SchedulerPlugin):
         try:
             await asyncio.wait({work, gang.ended}, return_when=asyncio.FIRST_COMPLETED)
             if gang.ended.done():
-                raise _AttemptError(gang.ended.result(), self._lost_slot(gang))
+                raise await self._early_end(gang)
             return work.result()
         except _AttemptError:
             raise
@@ -230,6 +246,15 @@ class Coordinator(SchedulerPlugin):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await work
             await self.client.cancel(futures, force=True)
+
+    async def _early_end(self, gang: _Gang) -> _AttemptError:
+        """A worker that is gone is nobody's failure if it was asked to leave, which the ranks know."""
+        failure = gang.ended.result()
+        if failure.kind == "machine":
+            await asyncio.wait({gang.told}, timeout=TELLING_SECONDS)
+            if gang.told.done() and gang.told.result().kind == "preempted":
+                return _AttemptError(gang.told.result())
+        return _AttemptError(failure, self._lost_slot(gang))
 
     def _lost_slot(self, gang: _Gang) -> str:
         """The slot of the gang's worker that is gone, if one is."""
@@ -245,7 +270,7 @@ class Coordinator(SchedulerPlugin):
             message = tasks.Message(job.task_message(unit))
             key = f"{gang.name}/{rank}"
             futures.append(self.client.submit(tasks.run_unit, message, place, key=key, **_pinned(seat)))
-        outcomes = await _outcomes(futures)
+        outcomes = await _outcomes(futures, gang.told)
         failures = [(f, seat.slot) for f, seat in zip(outcomes, gang.seats, strict=True) if f is not None]
         if failures:
             raise _AttemptError(*min(failures, key=lambda f: _SEVERITY.index(f[0].kind)))
@@ -273,13 +298,16 @@ def _pinned(seat: Seat) -> dict[str, Any]:
     return {"workers": [seat.address], "allow_other_workers": False, "pure": False, "retries": 0}
 
 
-async def _outcomes(futures: Sequence[Future[Any]]) -> list[Failure | None]:
+async def _outcomes(futures: Sequence[Future[Any]], told: asyncio.Future[Failure]) -> list[Failure | None]:
     """How each rank ended; after a first failure, the others get a moment to tell their side of it."""
     waiting = [asyncio.ensure_future(_outcome(future)) for future in futures]
     try:
         for next_one in asyncio.as_completed(waiting):
-            if await next_one is not None:
-                await asyncio.wait(waiting, timeout=TELLING_SECONDS)
+            failure = await next_one
+            if failure is not None:
+                told.set_result(failure)
+                patience = BLAMING_SECONDS if failure.kind == "peer" else TELLING_SECONDS
+                await asyncio.wait(waiting, timeout=patience)
                 break
         return [task.result() if task.done() else None for task in waiting]
     finally:

@@ -11,6 +11,10 @@ from h2mv_dist.errors import JobError, describe
 from h2mv_dist.jobs.messages import Job
 
 POLL_SECONDS: Final = 0.5
+_GO_ON: Final = (
+    "run the same command again, or h2mv-dist train --resume with the job's folder; "
+    "what was finished is not lost"
+)
 
 Watcher = Callable[[Mapping[str, Any]], None]
 """Called with the job's status (see ``Job.status``) again and again while it runs."""
@@ -31,7 +35,15 @@ class JobHandle:
         """
         status: dict[str, Any] | None = _call(self.client, "h2mv_status", self.id)
         if status is None:
-            raise JobError(f"the scheduler does not know job {self.id}; was it restarted?")
+            raise JobError(
+                describe(
+                    "the scheduler does not know the job",
+                    where=f"job {self.id}",
+                    expected="a job that was submitted to this scheduler",
+                    actual="an unknown one; perhaps the scheduler was restarted",
+                    fix=_GO_ON,
+                )
+            )
         return status
 
     def cancel(self) -> None:
@@ -84,8 +96,7 @@ def _call(client: Client, handler: str, job: Any) -> Any:
                 where=str(client.scheduler.address) if client.scheduler is not None else "closed client",
                 expected="an answer",
                 actual=f"{type(error).__name__}: {error}",
-                fix="start it again, then run the same command, or h2mv-dist train --resume with the job's "
-                "folder; what was finished is not lost",
+                fix=f"start it again, then {_GO_ON}",
             )
         ) from error
 

@@ -4,31 +4,41 @@
 agree on the cube's geometry without sending it.
 """
 
-from collections.abc import Mapping
+import logging
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import dask.utils
+from dask.utils import format_bytes
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
-from h2mv_dist.errors import CheckpointError, ConfigError, JobError, describe
-from h2mv_dist.grid import Period, Tile
-from h2mv_dist.io import sink
-from h2mv_dist.io.ledger import Ledger
+from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError, describe
+from h2mv_dist.grid import Period
+from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, projected_bytes
+from h2mv_dist.io.cube_store import create_cube
+from h2mv_dist.io.ledger import FINISH_UNIT, Ledger
 from h2mv_dist.io.source import Source, open_source
+from h2mv_dist.io.stores import displayed, local_path
+from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import job_id
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
+from h2mv_dist.model.h2mv import GATE_DAYS
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest
 
-FINISH_UNIT: Final = "finish"
 FLOAT_BYTES: Final = 4
+COMPRESSION: Final = 10
+"""Outputs are not compressed any further than by about this factor."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +60,43 @@ class CubePlan:
     source: Source
     spec: ModelSpec
     checkpoints: tuple[Checkpoint, ...]
-    layout: sink.CubeLayout
+    layout: CubeLayout
     period: Period
     baseline: Period
     spinup: Period | None
 
-    @property
-    def tiles(self) -> tuple[Tile, ...]:
-        """Tiles with land, in order."""
-        return self.source.grid.land_tiles(self.settings.inference.tile)
-
     def tile_bytes(self) -> int:
-        """Projected peak of the arrays a worker holds for one tile, bytes.
+        """Projected peak of the arrays a worker holds for its largest tile, bytes; one line a buffer."""
+        layout, mask = self.layout, self.layout.grid.mask
+        tile = max(layout.tiles, key=lambda tile: int(mask[tile.slices].sum()))
+        cells, box = int(mask[tile.slices].sum()), math.prod(tile.shape)
+        days, members = min(layout.shard_days, self.period.n_days), len(layout.members)
+        forcing = TileForcing(self.source, tile, self.period, layout.shard_days).n_bytes
+        # of one member: gates as a product and with what is constant, days one by one and joined
+        gates = 2 * GATE_DAYS * cells * 4 * self.settings.model.hidden
+        member = 2 * days * cells * len(self.spec.daily)
+        # of all members: what is computed, and the block before, which is being written
+        values = 2 * members * days * cells * len(layout.daily)
+        # of the variable that is being written: its deviations in float64, then its box with sea, and coded
+        spread = 0 if layout.member_axis else 2 * members * days * cells
+        coded = 3 * (members if layout.member_axis else 1) * days * box
+        return forcing + FLOAT_BYTES * (gates + member + values + max(spread, coded))
 
-        Forcing of the tile, the gates of one time block, and that block's outputs twice: computed, and being
-        written.
-        """
-        cells, days = self._largest_tile(), self.layout.shard_days
-        hidden = self.settings.model.hidden
-        forcing = cells * self.period.n_days * len(self.spec.forcing)
-        gates = cells * days * 4 * hidden
-        outputs = cells * days * len(self.spec.daily)
-        written = 2 * cells * days * len(self.layout.daily) * len(self.layout.members)
-        return FLOAT_BYTES * (forcing + gates + outputs + written)
+    def missing_bytes(self, done: Collection[str]) -> int:
+        """Projected bytes, before compression, of the tiles that are not ``done``."""
+        missing = sum(math.prod(tile.shape) for tile in self.layout.tiles if tile.name not in done)
+        return projected_bytes(self.layout) * missing // self.layout.grid.mask.size
 
-    def _largest_tile(self) -> int:
-        mask = self.source.grid.mask
-        return max(int(mask[tile.slices].sum()) for tile in self.tiles)
+    def summary(self) -> str:
+        """How large the cube will be, in a sentence."""
+        n_arrays = sum(
+            len(self.layout.arrays_of(n)) for n in (*self.layout.daily, *self.layout.static)
+        ) + len(self.layout.constants)
+        return (
+            f"{n_arrays} arrays over {self.period} from {len(self.layout.members)} folds in "
+            f"{len(self.layout.tiles)} tiles: {format_bytes(self.missing_bytes(()))} before compression, "
+            f"about {format_bytes(self.tile_bytes())} of a worker's memory"
+        )
 
 
 def plan_inference(settings: Settings, training_folder: str, options: StorageOptions) -> CubePlan:
@@ -96,7 +116,7 @@ def plan_inference(settings: Settings, training_folder: str, options: StorageOpt
     _check_static(checkpoints, source, settings.data.url)
     period = _within(settings.inference.period, source.period, "inference.period")
     baseline = _within(settings.inference.baseline, period, "inference.baseline")
-    layout = _layout(settings, source, spec, checksums, period, baseline)
+    layout = _layout(settings, training_folder, source, spec, checksums, period, baseline)
     spinup = _spinup(settings, period)
     return CubePlan(settings, source, spec, checkpoints, layout, period, baseline, spinup)
 
@@ -110,12 +130,15 @@ def start_inference(
         A handle, or None if there is nothing to do.
 
     Raises:
-        H2mvError: another cube is there, the cluster is too small, or runs this job already.
+        H2mvError: another cube is there, the cluster or the disk is too small, or the job runs already.
     """
     settings = planned.settings
     require_workers(client, 1, "inference")
     _require_memory(client, planned)
-    sink.create_cube(cube, planned.layout, options, settings.inference.overwrite)
+    _require_disk(planned, cube, options)
+    _log.info("%s: %s", displayed(cube), planned.summary())
+    warn_of_split_chunks(planned)
+    create_cube(cube, planned.layout, options, settings.inference.overwrite)
     missing = missing_units(planned, cube, options)
     if not missing:
         return None
@@ -127,7 +150,7 @@ def start_inference(
         "storage_options": options.reveal(),
     }
     attempts = settings.inference.attempts
-    tiles = {tile.name: tile for tile in planned.tiles}
+    tiles = {tile.name: tile for tile in planned.layout.tiles}
     units = tuple(
         Unit(name, "tile", {"start": tiles[name].start, "stop": tiles[name].stop}, attempts=attempts)
         for name in missing
@@ -147,7 +170,7 @@ def submit_inference(
 
 def missing_units(planned: CubePlan, cube: str, options: StorageOptions) -> tuple[str, ...]:
     """Names of the tiles without receipt, and of the finishing unit if it has none."""
-    names = [*(tile.name for tile in planned.tiles), FINISH_UNIT]
+    names = [*(tile.name for tile in planned.layout.tiles), FINISH_UNIT]
     return Ledger(cube, options).missing(names, planned.layout.fingerprint)
 
 
@@ -181,7 +204,7 @@ def _read_members(
 ) -> tuple[tuple[Checkpoint, ...], dict[int, str]]:
     job = JobFolder(folder, options)
     trained = job.trained_folds()
-    wanted = settings.inference.folds if settings.inference.folds is not None else trained
+    wanted = settings.inference.folds if settings.inference.folds is not None else _finished(job, trained)
     missing = sorted(set(wanted) - set(trained))
     if missing or not wanted:
         raise CheckpointError(
@@ -197,6 +220,24 @@ def _read_members(
     for checkpoint in checkpoints:
         _check_model(checkpoint, settings, folder)
     return checkpoints, {c.fold: checksum(c.to_bytes()) for c in checkpoints}
+
+
+def _finished(job: JobFolder, trained: Sequence[int]) -> tuple[int, ...]:
+    """The trained folds, if all are finished: a cube of half-trained models is hardly ever what is meant."""
+    unfinished = [fold for fold in job.begun_folds() if job.fold(fold).done() is None]
+    if unfinished:
+        raise CheckpointError(
+            describe(
+                "some folds are not finished",
+                where=job.url,
+                expected="only folds that were trained to their end",
+                actual=f"not finished: {unfinished}, of them with a best checkpoint: "
+                f"{sorted(set(unfinished) & set(trained)) or 'none'}",
+                fix=f"finish them with h2mv-dist train --resume {job.url}, or name the folds you want with "
+                "inference.folds, which takes the best checkpoint that each has so far",
+            )
+        )
+    return tuple(trained)
 
 
 def _check_model(checkpoint: Checkpoint, settings: Settings, folder: str) -> None:
@@ -251,12 +292,13 @@ def _spinup(settings: Settings, period: Period) -> Period | None:
 
 def _layout(
     settings: Settings,
+    training_folder: str,
     source: Source,
     spec: ModelSpec,
     checksums: Mapping[int, str],
     period: Period,
     baseline: Period,
-) -> sink.CubeLayout:
+) -> CubeLayout:
     chosen = settings.inference
     names = _chosen_outputs(chosen.outputs, spec)
     provenance = {
@@ -268,7 +310,7 @@ def _layout(
         "threads": str(chosen.threads),
         "versions": canonical_json(code_versions()),
     }
-    return sink.CubeLayout(
+    return CubeLayout(
         grid=source.grid,
         period=period,
         daily=tuple(n for n in names if n in spec.daily or n in spec.anomalies),
@@ -281,8 +323,18 @@ def _layout(
         tile=chosen.tile,
         chunk_days=chosen.chunk_days,
         shard_days=chosen.shard_days,
-        attributes={**provenance, sink.FINGERPRINT: checksum(canonical_json(provenance).encode())},
+        attributes={
+            **provenance,
+            "data_url": ", ".join(sorted({_public(handle.url) for handle in source.arrays.forcing})),
+            "training_job": _public(training_folder),
+            FINGERPRINT: checksum(canonical_json(provenance).encode()),
+        },
     )
+
+
+def _public(url: str) -> str:
+    """A URL without what may be a secret: user, password, and the signature of a signed one."""
+    return displayed(url).partition("?")[0] if "://" in url else url
 
 
 def _chosen_outputs(wanted: tuple[str, ...] | None, spec: ModelSpec) -> tuple[str, ...]:
@@ -303,8 +355,63 @@ def _require_memory(client: Client, planned: CubePlan) -> None:
             describe(
                 "a tile does not fit into a worker",
                 where="inference.tile and inference.shard_days",
-                expected=f"at most {dask.utils.format_bytes(min(limits))}, the smallest worker's limit",
-                actual=f"about {dask.utils.format_bytes(needed)} for the largest tile",
+                expected=f"at most {format_bytes(min(limits))}, the smallest worker's limit",
+                actual=f"about {format_bytes(needed)} for the largest tile",
                 fix="choose smaller tiles or fewer inference.shard_days, or start larger workers",
             )
         )
+
+
+def _require_disk(planned: CubePlan, cube: str, options: StorageOptions) -> None:
+    """Refuse a cube that cannot fit on this machine's disk; object stores do not say what is free.
+
+    Raises:
+        StoreError: not even a tenth of the bytes before compression is free.
+    """
+    place = local_path(cube)
+    if place is None:
+        return
+    receipts = Ledger(cube, options).receipts().values()
+    done = {receipt.unit for receipt in receipts if receipt.fingerprint == planned.layout.fingerprint}
+    needed = planned.missing_bytes(done)
+    folder = next(path for path in (place, *place.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free * COMPRESSION < needed:
+        raise StoreError(
+            describe(
+                "the cube does not fit on the disk",
+                where=str(folder),
+                expected=f"at least {format_bytes(needed // COMPRESSION)} free for what is missing of the "
+                f"cube ({format_bytes(needed)} before compression)",
+                actual=f"{format_bytes(free)} free",
+                fix="free space (a cube that is to be replaced can be deleted first), choose another disk, "
+                "or fewer inference.outputs",
+            )
+        )
+    if free < needed:
+        _log.warning(
+            "%s has %s free; the tiles of the cube that are missing take %s before compression",
+            *(folder, format_bytes(free), format_bytes(needed)),
+        )
+
+
+def warn_of_split_chunks(planned: CubePlan) -> None:
+    """Say so if several tiles need the same chunks of the forcing, each of which reads them."""
+    chunk, shape = planned.source.chunk_shape, planned.source.grid.shape
+    tile, shard = planned.layout.tile, planned.layout.shard
+    if any(t % c and t < n for t, c, n in zip(tile, chunk, shape, strict=True)):
+        fitting = [_nearest_multiple(t, math.lcm(c, s)) for t, c, s in zip(tile, chunk, shard, strict=True)]
+        _log.warning(
+            "inference.tile = %s cuts chunks of the forcing, %s cells each, which are then read by several "
+            "tiles; inference.tile = %s would not",
+            *(list(tile), list(chunk), fitting),
+        )
+
+
+def _nearest_multiple(size: int, unit: int) -> int:
+    """The multiple of ``unit`` nearest to ``size``, not 0.
+
+    >>> _nearest_multiple(20, 12), _nearest_multiple(5, 12)
+    (24, 12)
+    """
+    return max(round(size / unit), 1) * unit

@@ -6,14 +6,16 @@ nanny, which then closes the worker; in both cases the ranks of this process are
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 import time
 from typing import Final
 
-from distributed import Worker
+import psutil
+from distributed import Nanny, Worker
 from distributed.core import Status
-from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.diagnostics.plugin import NannyPlugin, WorkerPlugin
 
 LEAVE_SECONDS: Final = 25.0
 """How long ranks may take to reach the end of a step and make a checkpoint."""
@@ -21,6 +23,9 @@ leaving: Final = threading.Event()
 """Set when this worker must go."""
 one_rank: Final = threading.Lock()
 """Held while a rank of this worker is alive, so that there are never two."""
+
+RANK_MODULE: Final = "h2mv_dist.jobs.rank"
+"""What a rank's process is started with."""
 
 _CLOSING: Final = (Status.closing, Status.closing_gracefully, Status.closed, Status.stopping)
 
@@ -50,6 +55,30 @@ class Preemption(WorkerPlugin):
     async def _leave(self) -> None:
         await _ranks_have_left()
         await self.worker.close_gracefully(reason="SIGTERM")
+
+
+class NannyPreemption(NannyPlugin):
+    """Lets a worker's ranks leave before its nanny ends it, for which Dask allows a few seconds only."""
+
+    name = "h2mv-nanny-preemption"
+
+    async def teardown(self, nanny: Nanny) -> None:
+        """Called when the nanny closes, before it ends its worker."""
+        if nanny.pid is None or not _has_ranks(nanny.pid):
+            return
+        os.kill(nanny.pid, signal.SIGTERM)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        # the worker tells its nanny, which changes its status, once the ranks have left
+        while nanny.is_alive() and nanny.status == Status.closing and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        nanny.status = Status.closing
+
+
+def _has_ranks(worker: int) -> bool:
+    """Whether the process of a worker has a rank below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(RANK_MODULE in child.cmdline() for child in psutil.Process(worker).children())
+    return False
 
 
 async def _ranks_have_left() -> None:

@@ -255,9 +255,8 @@ class FoldWriter:
 
     def delete_unused(self) -> None:
         """Delete checkpoints that do not count any more."""
-        for name in stores.list_objects(self.record.path("checkpoints"), self.record.options):
-            if name not in self.state.names:
-                stores.delete_tree(self.record.checkpoint_path(name), self.record.options)
+        found = stores.list_objects(self.record.path("checkpoints"), self.record.options)
+        self._delete(name for name in found if name not in self.state.names)
 
     def _write(self, checkpoint: Checkpoint, kind: str, epoch: int) -> str:
         name = f"{epoch:05d}-{self.state.attempt:03d}-{kind}.safetensors"
@@ -268,10 +267,14 @@ class FoldWriter:
         url = self.record.path(_STATE)
         version = stores.swap_object(url, state.to_bytes(), self.version, self.record.options)
         if version is None:
+            self._delete(state.names - self.state.names)
             raise _superseded(self.record.url, self.state.attempt, self.record.state())
         unused = self.state.names - state.names
         self.state, self.version = state, version
-        for name in unused:
+        self._delete(unused)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
             stores.delete_tree(self.record.checkpoint_path(name), self.record.options)
 
 

@@ -27,7 +27,7 @@ from distributed import get_worker
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.preemption import leaving, one_rank
+from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
 from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, report, worker_host
 
@@ -113,7 +113,7 @@ class _Child:
 def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[_Child]:
     read_end, write_end = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "h2mv_dist.jobs.rank", str(write_end)],
+        [sys.executable, "-u", "-m", RANK_MODULE, str(write_end)],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,

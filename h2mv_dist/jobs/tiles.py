@@ -5,29 +5,25 @@ state carried over; while a block computes, the one before is written and the ne
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from h2mv_dist.config import StorageOptions, canonical_json
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile
-from h2mv_dist.io import sink
-from h2mv_dist.io.ledger import Ledger, Receipt
-from h2mv_dist.io.source import Source
-from h2mv_dist.jobs.inference import FINISH_UNIT, CubePlan, plan_from_message
+from h2mv_dist.io.cube_store import consolidate
+from h2mv_dist.io.ledger import FINISH_UNIT, Ledger, Receipt
+from h2mv_dist.io.sink import Sink, unit_checksum
+from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.jobs.inference import CubePlan, plan_from_message
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.model.base import Batch, ProcessModel, Result, State
-from h2mv_dist.model.checkpoint import checksum
-
-KEPT_BYTES: Final = 256 * 2**20
-"""A tile whose whole forcing is smaller than this is read once, however often it is run."""
-
-Float32Array = NDArray[np.float32]
+from h2mv_dist.model.rollout import run_block
+from h2mv_dist.spec import Float32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class TileContext:
 
     plan: CubePlan
     models: tuple[ProcessModel, ...]
-    cube: sink.Sink
+    cube: Sink
     ledger: Ledger
 
 
@@ -50,7 +46,7 @@ def run_tile_unit(message: Message) -> None:
     torch.set_num_threads(context.plan.settings.inference.threads)
     started = time.monotonic()
     if message["task"] == "finish":
-        unit, written = FINISH_UNIT, _finish(context)
+        unit, written = FINISH_UNIT, finish_cube(context)
     else:
         tile = Tile(tuple(message["start"]), tuple(message["stop"]))
         unit, written = tile.name, compute_tile(context, tile)
@@ -66,138 +62,137 @@ def _context(message: Message) -> TileContext:
     if key not in _contexts:
         planned = plan_from_message(message)
         options = StorageOptions(message["storage_options"])
-        cube = sink.Sink.open(message["cube"], planned.layout, options)
+        cube = Sink.open(message["cube"], planned.layout, options)
         models = tuple(c.build_model() for c in planned.checkpoints)
         _contexts.clear()
         _contexts[key] = TileContext(planned, models, cube, Ledger(message["cube"], options))
     return _contexts[key]
 
 
-def _finish(context: TileContext) -> str:
+def finish_cube(context: TileContext) -> str:
+    """Write what belongs to no tile, and make the cube whole for readers; returns a checksum.
+
+    Raises:
+        JobError: a tile has no receipt.
+    """
     layout, source = context.plan.layout, context.plan.source
+    _require_receipts(context)
     no_cells = Batch(torch.zeros(0, 1, len(source.forcing)), torch.zeros(0, len(source.static)), {})
     with torch.no_grad():
         results = [model(no_cells, model.initial_state(0)) for model in context.models]
     values = {n: np.stack([r.constants[n].numpy() for r in results]) for n in layout.constants}
-    written = context.cube.write_constants(values) if values else ""
-    sink.consolidate(context.cube.url, context.cube.options)
-    return checksum(written.encode())
+    written = [context.cube.write_constants(values)] if values else []
+    consolidate(context.cube.url, context.cube.options)
+    return unit_checksum(written)
+
+
+def _require_receipts(context: TileContext) -> None:
+    layout = context.plan.layout
+    missing = context.ledger.missing([tile.name for tile in layout.tiles], layout.fingerprint)
+    if missing:
+        raise JobError(
+            describe(
+                "tiles of the cube have no receipt",
+                where=context.cube.url,
+                expected=f"receipts of all {len(layout.tiles)} tiles before the cube is finished",
+                actual=f"none of {len(missing)} tiles, such as {missing[0]}",
+                fix="do not delete receipts while a cube is made; run h2mv-dist infer again",
+            )
+        )
 
 
 def compute_tile(context: TileContext, tile: Tile) -> str:
     """Compute and write every output of a tile; returns a checksum of what was written."""
     plan = context.plan
-    land = plan.source.grid.mask[tile.slices]
-    forcing = TileForcing(plan.source, tile, land, plan.period, plan.layout.shard_days)
-    run = _TileRun(context.models, forcing, torch.from_numpy(plan.source.read_static(tile)[land]))
+    run = _TileRun(plan, context.models, tile)
     states = run.after(plan.spinup)
-    references = run.baseline_means(states, plan)
+    references = run.baseline_means(states)
     checksums: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: Future[str] | None = None
-        for block, results in run.blocks(plan.period, states):
-            values = _daily_values(plan, results, references)
+        for block, batch in run.blocks(plan.period):
+            states, values = run.outputs(batch, states, references)
             if writing is None:
-                checksums.append(context.cube.write_static(tile, _static_values(plan, results)))
+                checksums.append(context.cube.write_static(tile, values.static))
             else:
                 checksums.append(writing.result())
-            writing = writer.submit(context.cube.write, tile, block, values)
+            writing = writer.submit(context.cube.write, tile, block, values.daily)
         if writing is not None:
             checksums.append(writing.result())
-    return checksum("".join(checksums).encode())
+    return unit_checksum(checksums)
 
 
-def _daily_values(
-    plan: CubePlan, results: Sequence[Result], references: Mapping[str, torch.Tensor]
-) -> dict[str, Float32Array]:
-    """Daily outputs of a block, each [member, time, cell]."""
-    values = {}
-    for name in plan.layout.daily:
-        source = plan.spec.anomalies.get(name, name)
-        members = torch.stack([r.daily[source] for r in results]).transpose(1, 2)
-        if name in references:
-            members = members - references[name].unsqueeze(1)
-        values[name] = np.ascontiguousarray(members.numpy())
-    return values
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """Outputs of all members for one block: daily [member, time, cell], static [member, cell]."""
 
-
-def _static_values(plan: CubePlan, results: Sequence[Result]) -> dict[str, Float32Array]:
-    """Static outputs, each [member, cell]."""
-    return {n: torch.stack([r.static[n] for r in results]).numpy() for n in plan.layout.static}
-
-
-class TileForcing:
-    """Packed forcing of a tile's land cells, in blocks of days."""
-
-    def __init__(
-        self, source: Source, tile: Tile, land: NDArray[np.bool_], period: Period, block_days: int
-    ) -> None:
-        self.source, self.tile, self.land = source, tile, land
-        self.period, self.block_days = period, block_days
-        size = int(land.sum()) * period.n_days * len(source.forcing) * np.dtype(np.float32).itemsize
-        self.kept = self._read(period) if size <= KEPT_BYTES else None
-
-    def blocks(self, period: Period) -> Iterator[tuple[Period, torch.Tensor]]:
-        """Consecutive blocks, each [cell, time, var]; the next one is read while this one is used."""
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            ahead: list[tuple[Period, Future[Float32Array]]] = []
-            for block in period.blocks(self.block_days):
-                ahead.append((block, reader.submit(self._block, block)))
-                if len(ahead) > 1:
-                    yield _ready(*ahead.pop(0))
-            for waiting in ahead:
-                yield _ready(*waiting)
-
-    def _block(self, block: Period) -> Float32Array:
-        if self.kept is None:
-            return self._read(block)
-        first = block.first - self.period.first
-        return self.kept[:, first : first + block.n_days]
-
-    def _read(self, period: Period) -> Float32Array:
-        values = self.source.read_forcing(self.tile, period)
-        return np.ascontiguousarray(values[:, self.land].swapaxes(0, 1))
-
-
-def _ready(block: Period, values: Future[Float32Array]) -> tuple[Period, torch.Tensor]:
-    return block, torch.from_numpy(values.result())
+    daily: Mapping[str, Float32Array]
+    static: Mapping[str, Float32Array]
 
 
 class _TileRun:
     """All members over the same forcing, each with its own state."""
 
-    def __init__(self, models: tuple[ProcessModel, ...], forcing: TileForcing, static: torch.Tensor) -> None:
-        self.models, self.forcing, self.static = models, forcing, static
+    def __init__(self, plan: CubePlan, models: tuple[ProcessModel, ...], tile: Tile) -> None:
+        self.plan, self.models = plan, models
+        self.forcing = TileForcing(plan.source, tile, plan.period, plan.layout.shard_days)
+        land = plan.source.grid.mask[tile.slices]
+        self.static = torch.from_numpy(plan.source.read_static(tile)[land])
 
-    @torch.no_grad()
-    def blocks(self, period: Period, states: list[State]) -> Iterator[tuple[Period, list[Result]]]:
-        """Results of all members, block by block."""
-        for block, values in self.forcing.blocks(period):
-            batch = Batch(values, self.static, {})
-            results = [m(batch, s) for m, s in zip(self.models, states, strict=True)]
-            states = [r.state for r in results]
-            yield block, results
+    def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
+        """The first days of the cube's period, block by block."""
+        forcing = self.forcing.blocks(period.n_days)
+        for block in period.blocks(self.plan.layout.shard_days):
+            yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
 
     def after(self, spinup: Period | None) -> list[State]:
         """States after the spin-up, from empty stores."""
         states = [m.initial_state(self.static.shape[0]) for m in self.models]
-        for _, results in self.blocks(spinup, states) if spinup is not None else ():
-            states = [r.state for r in results]
+        for _, batch in self.blocks(spinup) if spinup is not None else ():
+            states = run_block(self.models, batch, states, _nothing)
         return states
 
-    def baseline_means(self, states: list[State], plan: CubePlan) -> dict[str, torch.Tensor]:
+    def baseline_means(self, states: list[State]) -> dict[str, torch.Tensor]:
         """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
 
         Costs one more run up to the baseline's end, and no memory that grows with the period.
         """
+        plan = self.plan
         wanted = {n: s for n, s in plan.spec.anomalies.items() if n in plan.layout.daily}
         if not wanted:
             return {}
         shape = (len(self.models), self.static.shape[0])
         sums = {name: torch.zeros(shape, dtype=torch.float64) for name in wanted}
-        for block, results in self.blocks(Period(plan.period.start, plan.baseline.stop), states):
+        for block, batch in self.blocks(Period(plan.period.start, plan.baseline.stop)):
             inside = torch.from_numpy(np.isin(block.days(), plan.baseline.days()))
-            for name, store in wanted.items():
-                days = torch.stack([r.daily[store] for r in results])[:, :, inside]
-                sums[name] += days.sum(dim=2, dtype=torch.float64)
+
+            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
+                for name, store in wanted.items():
+                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
+
+            states = run_block(self.models, batch, states, add)
         return {name: (s / plan.baseline.n_days).float() for name, s in sums.items()}
+
+    def outputs(
+        self, batch: Batch, states: list[State], references: Mapping[str, torch.Tensor]
+    ) -> tuple[list[State], _Values]:
+        """Run a block; the states after it, and what goes into the cube."""
+        layout, anomalies = self.plan.layout, self.plan.spec.anomalies
+        members = len(self.models)
+        daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in layout.daily}
+        static = {n: np.empty((members, batch.n_cells), np.float32) for n in layout.static}
+
+        def keep(member: int, result: Result) -> None:
+            for name, values in daily.items():
+                found = result.daily[anomalies.get(name, name)]
+                if name in references:
+                    found = found - references[name][member].unsqueeze(1)
+                values[member] = found.T.numpy()
+            for name, once in static.items():
+                once[member] = result.static[name].numpy()
+
+        return run_block(self.models, batch, states, keep), _Values(daily, static)
+
+
+def _nothing(_member: int, _result: Result) -> None:
+    """Of a spin-up only the states are kept."""

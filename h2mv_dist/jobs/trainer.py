@@ -200,7 +200,7 @@ def _staged(settings: Settings, key: str, options: StorageOptions) -> StagedCell
                 fix="let the data be while a job runs, then submit it again",
             )
         )
-    return stage(source, folder)
+    return stage(source, folder, settings.training.cache_limit)
 
 
 def decided(
@@ -244,13 +244,11 @@ def beating(emit: Emit) -> Iterator[None]:
         while not ended.wait(BEAT_SECONDS):
             emit(event="beat")
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
 
 
 def meet(place: Place) -> dist.Store:
@@ -450,16 +448,28 @@ class FoldRun:
         return {name: _finite(value) if seen else None for name, value, seen in named}
 
     def _persist(self, write: Callable[[FoldWriter], None]) -> None:
-        """Let rank 0 write; while there is no space left, it waits, and the other ranks wait for it."""
+        """Let rank 0 write; while there is no space left, it waits, and the other ranks wait for it.
+
+        Not in a collective, which would time out meanwhile; they give signs of life as long as rank 0 does.
+        """
         self.written += 1
-        key = f"written/{self.written}"
-        with beating(self.emit):
-            if self.writer is not None:
+        written, beats = f"written/{self.written}", f"beats/{self.written}"
+        if self.writer is not None:
+
+            def beat(**event: Any) -> None:
+                self.emit(**event)
+                self.store.add(beats, 1)
+
+            with beating(beat):
                 _until_there_is_space(partial(write, self.writer), self.emit)
-                self.store.set(key, "")
-            # not a collective: that would time out while rank 0 waits
-            while not self.store.check([key]):
-                time.sleep(POLL_SECONDS)
+            self.store.set(written, "")
+            return
+        heard = 0
+        while not self.store.check([written]):
+            before, heard = heard, self.store.add(beats, 0)
+            if heard != before:
+                self.emit(event="beat")
+            time.sleep(POLL_SECONDS)
 
     def _store_epoch(self, writer: FoldWriter, metrics: Mapping[str, Any], improved: bool) -> None:
         last = self._checkpoint(resumable=True)

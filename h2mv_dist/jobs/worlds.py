@@ -49,10 +49,12 @@ def make_world(
         options: storage options.
 
     Raises:
-        StoreError: something is there already.
-        ConfigError: no grid of this resolution.
+        StoreError: something is there already, or the store cannot be reached.
+        ConfigError: no grid of this resolution, or one with hardly any land.
     """
     land = world.load_land(resolution)
+    for place in (url, truth_url(url)):
+        world.require_free(place, options)
     period = Period(date(FIRST_YEAR, 1, 1), date(FIRST_YEAR + years, 1, 1))
     weather = world.make_weather(land, period, seed)
     model = true_model(weather_scaler(weather), weather.static_names)

@@ -1,6 +1,7 @@
-"""Running a model over time: spin-up, and long periods in blocks of days."""
+"""Running models over time: spin-up, and long periods in blocks of days."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -24,9 +25,25 @@ def spin_up(model: ProcessModel, batch: Batch, n_days: int | None) -> State:
 
 
 @torch.no_grad()
-def run_blocks(model: ProcessModel, blocks: Iterable[Batch], state: State) -> Iterator[Result]:
-    """Run consecutive blocks of days, each from the state the one before ended with."""
-    for block in blocks:
-        result = model(block, state)
-        state = result.state
-        yield result
+def run_block(
+    models: Sequence[ProcessModel],
+    block: Batch,
+    states: Sequence[State],
+    receive: Callable[[int, Result], None],
+) -> list[State]:
+    """Run several models over the same block of days, without gradients; returns their states after it.
+
+    Args:
+        models: the members.
+        block: forcing and static features.
+        states: of each member before the block.
+        receive: takes what it needs of each member's result, which is gone when the next member runs.
+    """
+    members = enumerate(zip(models, states, strict=True))
+    return [_run(model, block, state, partial(receive, k)) for k, (model, state) in members]
+
+
+def _run(model: ProcessModel, block: Batch, state: State, receive: Callable[[Result], None]) -> State:
+    result: Result = model(block, state)
+    receive(result)
+    return result.state

@@ -9,7 +9,9 @@ import xarray as xr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import BoolArray, Grid, Period
-from h2mv_dist.io.sink import FINGERPRINT, CubeLayout, Sink, create_cube
+from h2mv_dist.io.cube import FINGERPRINT, CubeLayout
+from h2mv_dist.io.cube_store import create_cube
+from h2mv_dist.io.sink import Sink
 from h2mv_dist.spec import Float32Array
 
 PERIOD = Period.parse("2001-01-01..2002-02-05")

@@ -4,13 +4,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.io.stores import join
 from tests.conftest import Place, S3Server
-from tests.io.counting import CountingFileSystem
+from tests.io.counting import counting_place
 from tests.io.cubes import LAYOUTS, Case, CubePlace
 
 KINDS = ("disk", "memory", "s3")
@@ -33,10 +32,8 @@ def folder(tmp_path: Path) -> Place:
 @pytest.fixture
 def counting() -> Iterator[Place]:
     """An empty store that counts its reads."""
-    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
-    CountingFileSystem.store.clear()
-    yield Place(f"counting://{uuid.uuid4().hex}", StorageOptions())
-    CountingFileSystem.store.clear()
+    with counting_place() as place:
+        yield place
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,17 @@
 
 import threading
 import time
+import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
+
+from h2mv_dist.config import StorageOptions
+from tests.conftest import Place
 
 
 class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
@@ -36,6 +43,15 @@ class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
         finally:
             with self.lock:
                 kind.at_once -= 1
+
+
+@contextmanager
+def counting_place() -> Iterator[Place]:
+    """An empty store that counts its reads."""
+    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
+    CountingFileSystem.store.clear()
+    yield Place(f"counting://{uuid.uuid4().hex}", StorageOptions())
+    CountingFileSystem.store.clear()
 
 
 def forget_reads() -> None:

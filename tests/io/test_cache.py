@@ -3,10 +3,13 @@
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,9 @@ import pytest
 
 from h2mv_dist.config import DataSettings, StorageOptions
 from h2mv_dist.errors import DataError, StoreError
-from h2mv_dist.grid import Tile
+from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io import cache
-from h2mv_dist.io.cache import StagedCells, default_cache, open_staged, stage
+from h2mv_dist.io.cache import StagedCells, default_cache, is_staged, open_staged, stage
 from h2mv_dist.io.source import Source, open_source
 from tests.conftest import Place
 from tests.io.builders import (
@@ -60,7 +63,9 @@ def check(staged: StagedCells, source: Source) -> None:
     assert tuple(staged.targets) == tuple(source.targets)
     assert staged.period == source.period
     assert staged.n_cells == source.grid.n_land
-    assert staged.grid.same_cells(source.grid)
+    assert staged.grid.dims == source.grid.dims
+    np.testing.assert_array_equal(staged.grid.lat, source.grid.lat)
+    np.testing.assert_array_equal(staged.grid.lon, source.grid.lon)
     np.testing.assert_array_equal(staged.grid.mask, mask)
     np.testing.assert_array_equal(staged.grid.area, source.grid.area)
 
@@ -215,6 +220,118 @@ def test_opening_what_was_never_staged_or_by_another_version(source: Source, tmp
     (path / "meta.json").write_text(json.dumps({**meta, "format": 0}))
     with pytest.raises(StoreError, match=r"another version(.|\n)*delete this folder"):
         open_staged(path)
+
+
+# -------------------- a limit
+
+
+@pytest.fixture
+def sources(source: Source) -> list[Source]:
+    """Three that are staged in folders of about the same size."""
+    url = source.arrays.forcing[0].url
+
+    def one(month: int, day: int) -> Source:
+        period = Period(date(2004, month, day), date(2004, month + 1, day))
+        data = DataSettings(url=url, period=period)
+        return open_source(data, forcing=FORCING, targets=TARGETS[1:], options=StorageOptions())
+
+    return [one(1, 20), one(2, 1), one(2, 20)]
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def opened_before(path: Path, seconds: float) -> None:
+    os.utime(path / "meta.json", (time.time() - seconds,) * 2)
+
+
+def test_the_folder_opened_longest_ago_makes_room(sources: list[Source], tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    first, second = (stage(s, directory).path for s in sources[:2])
+    limit = size(first) + size(second) + 4096
+    opened_before(first, 10)
+    opened_before(second, 20)
+    open_staged(second)  # it is the newer one now, and nobody keeps it open
+    (directory / "notes").mkdir()
+    (directory / "notes" / "precious.txt").write_text("not ours")
+    third = stage(sources[2], directory, limit).path
+    assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
+    assert size(second) + size(third) <= limit
+    assert (directory / "notes" / "precious.txt").exists()
+    assert left_overs(directory) == []
+    check(open_staged(third), sources[2])
+
+
+def test_a_folder_that_is_open_is_never_deleted(sources: list[Source], tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    first = stage(sources[0], directory)
+    limit = size(first.path) + 1000
+    with pytest.raises(
+        StoreError, match=r"in use; nothing was deleted(.|\n)*raise training.cache_limit"
+    ) as e:
+        stage(sources[1], directory, limit)
+    enough = re.search(r"\((\d+) bytes\)", str(e.value))
+    assert enough is not None
+    assert left_overs(directory) == []
+    stage(sources[1], directory, int(enough[1]))
+    check(first, sources[0])
+
+
+def test_a_folder_that_another_process_has_open_is_never_deleted(
+    sources: list[Source], tmp_path: Path
+) -> None:
+    directory = tmp_path / "cache"
+    first = stage(sources[0], directory).path
+    program = (
+        "import sys; from pathlib import Path; from h2mv_dist.io.cache import open_staged\n"
+        "staged = open_staged(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(first)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(StoreError, match="in use"):
+            stage(sources[1], directory, size(first))
+        assert is_staged(directory, first.name)
+        holder.communicate()
+    second = stage(sources[1], directory, size(first) + 1000).path
+    assert (first.exists(), second.exists()) == (False, True)
+
+
+def test_what_is_larger_than_the_limit_deletes_nothing(sources: list[Source], tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    first = stage(sources[0], directory).path
+    with pytest.raises(StoreError, match=r"raise training.cache_limit"):
+        stage(sources[2], directory, 1000)
+    assert first.exists()
+
+
+def test_what_a_killed_process_left_makes_room(sources: list[Source], tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    key = sources[2].cache_key
+    elsewhere, here = (directory / f".{key}.{node}.0" for node in ("elsewhere", platform.node()))
+    for folder in (elsewhere, here):
+        folder.mkdir(parents=True)
+        (folder / "forcing.npy").write_bytes(bytes(50_000))
+    staged = stage(sources[0], directory, 80_000)
+    assert (elsewhere.exists(), here.exists()) == (True, False)
+    check(staged, sources[0])
+
+
+def test_without_locks_nothing_makes_room(
+    sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell then what is in use."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    first = stage(sources[0], tmp_path / "cache").path
+    with pytest.raises(StoreError, match="in use"):
+        stage(sources[1], tmp_path / "cache", size(first))
+    assert first.exists()
 
 
 def test_cell_numbers_are_row_major_over_land(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Creating, resuming and replacing a cube; what is not one is never touched."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zarr
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import WrapperStore
@@ -14,7 +17,7 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError
 from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import FINGERPRINT
-from h2mv_dist.io.cube_store import create_cube
+from h2mv_dist.io.cube_store import create_cube, read_layout
 from h2mv_dist.io.ledger import Ledger, Receipt
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.stores import delete_tree, join, open_store, put_object
@@ -119,6 +122,34 @@ class DyingStore(WrapperStore[Store]):
         await super().set(key, value)
 
 
+def test_the_same_inputs_may_lie_elsewhere_when_a_run_is_resumed(on_disk: CubePlace) -> None:
+    attributes = {FINGERPRINT: "abc", "data_url": "/here", "training_job": "/job"}
+    fill(on_disk, map_layout(attributes=attributes))
+    before = on_disk.versions()
+    moved = map_layout(attributes={**attributes, "data_url": "s3://there"})
+    create_cube(on_disk.url, moved, on_disk.options, overwrite=False)
+    Sink.open(on_disk.url, moved, on_disk.options)
+    assert on_disk.versions() == before
+    with on_disk.open() as cube:
+        assert cube.attrs["data_url"] == "/here"
+
+
+def test_a_layout_is_read_back(case: Case) -> None:
+    place, layout = case.new_place(), case.layout
+    create_cube(place.url, layout, place.options, overwrite=False)
+    found = read_layout(place.url, place.options)
+    np.testing.assert_array_equal(found.grid.mask, layout.grid.mask)
+    assert replace(found, grid=layout.grid) == layout
+
+
+def test_changed_coordinates_are_seen(on_disk: CubePlace) -> None:
+    create_cube(on_disk.url, map_layout(), on_disk.options, overwrite=False)
+    array = zarr.open_array(on_disk.url, path="land_mask", mode="r+")
+    array[6, 10] = 1 - int(np.asarray(array[6, 10]))
+    with pytest.raises(StoreError, match=r"coordinates of a cube were changed(.|\n)*mask_sha256"):
+        read_layout(on_disk.url, on_disk.options)
+
+
 @pytest.mark.parametrize("n_writes", [1, 2, 3, 20])
 def test_an_interrupted_creation_is_completed(
     tmp_path: Path, n_writes: int, monkeypatch: pytest.MonkeyPatch
@@ -172,5 +203,5 @@ def test_an_interrupted_replacement_is_completed(
 
 
 def test_nothing_can_be_written_where_no_cube_is(cube_place: CubePlace) -> None:
-    with pytest.raises(StoreError, match="create_cube"):
+    with pytest.raises(StoreError, match="no complete cube"):
         Sink.open(cube_place.url, map_layout(), cube_place.options)

@@ -13,7 +13,7 @@ from zarr.storage import WrapperStore
 from h2mv_dist.errors import DataError, StoreError
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube_store import create_cube
-from h2mv_dist.io.sink import Sink, stored_checksum
+from h2mv_dist.io.sink import Sink, StoredValues, unit_checksum
 from h2mv_dist.io.stores import get_object, join, open_store, put_object
 from tests.io.cubes import (
     CONSTANTS,
@@ -64,13 +64,15 @@ def test_writing_a_tile_again_changes_no_byte(cube_place: CubePlace) -> None:
 def test_receipts_can_be_checked_against_the_store(case: Case) -> None:
     place, layout = case.new_place(), case.layout
     checksums = fill(place, layout)
-    for tile in layout.grid.land_tiles(layout.tile):
+    stored = StoredValues.open(place.url, layout, place.options)
+    for tile in layout.tiles:
+        written = [checksums[tile.name]]
+        assert stored.checksum(tile=tile) == checksums[tile.name]
         for period in layout.period.blocks(layout.shard_days):
-            expected = checksums[f"{tile.name} {period}"]
-            found = stored_checksum(place.url, layout, place.options, tile=tile, period=period)
-            assert found == expected
-        assert stored_checksum(place.url, layout, place.options, tile=tile) == checksums[tile.name]
-    assert stored_checksum(place.url, layout, place.options) == checksums["constants"]
+            written.append(checksums[f"{tile.name} {period}"])
+            assert stored.checksum(tile=tile, period=period) == written[-1]
+        assert stored.tile_checksum(tile) == unit_checksum(written)
+    assert stored.checksum() == checksums["constants"]
 
 
 @pytest.mark.parametrize("member", [0, 2])
@@ -103,7 +105,7 @@ def test_a_damaged_shard_is_seen(on_disk: CubePlace, damage: Callable[[bytes], b
     put_object(shard, damage(get_object(shard, on_disk.options)), on_disk.options)
     (tile,) = layout.grid.tiles(layout.tile)
     with pytest.raises(StoreError, match=r"damaged[^$]*runoff"):
-        stored_checksum(on_disk.url, layout, on_disk.options, tile=tile, period=layout.period)
+        StoredValues.open(on_disk.url, layout, on_disk.options).checksum(tile=tile, period=layout.period)
 
 
 def _flipped(data: bytes, position: int) -> bytes:

@@ -179,13 +179,46 @@ def test_time_blocks_start_where_chunks_start(counting: Place) -> None:
     write(counting, published()[0])
     period = Period(date(2004, 1, 25), date(2004, 4, 1))
     source = open_published(counting, targets=(), period=period)
-    blocks = list(source.time_blocks(10))
+    blocks = list(source.time_blocks(period, 10))
     assert [block.n_days for block in blocks] == [30, 37]
     assert [day for block in blocks for day in block.days()] == list(period.days())
     forget_reads()
     for block in blocks:
         source.read_forcing(whole(source), block)
     assert set(chunk_reads("rn").values()) == {1}
+
+
+def test_time_blocks_fit_the_chunks_of_every_variable(counting: Place) -> None:
+    arrays, _ = published()
+    arrays["rn/data"].chunks = (10, 4, 6)
+    arrays["prec/data"].chunks = (15, 4, 6)
+    arrays["tair/data"].chunks = (5, 4, 6)
+    write(counting, arrays)
+    source = open_published(counting, targets=())
+    assert [block.n_days for block in source.time_blocks(source.period, 20)] == [30, 30, 20]
+    assert [block.n_days for block in source.time_blocks(source.period, 60)] == [60, 20]
+    part = Period(date(2004, 2, 1), date(2004, 3, 20))
+    assert [block.n_days for block in source.time_blocks(part, 1)] == [13, 30, 5]
+    forget_reads()
+    for block in source.time_blocks(source.period, 20):
+        source.read_forcing(whole(source), block)
+    for group in ("rn", "prec", "tair"):
+        assert set(chunk_reads(group).values()) == {1}, group
+
+
+def test_land_cells_come_packed(source: Source) -> None:
+    tile, period = Tile((1, 2), (4, 5)), Period(date(2004, 2, 27), date(2004, 3, 5))
+    boxes = source.read_forcing(tile, period)[:, source.grid.mask[tile.slices]]
+    np.testing.assert_array_equal(source.read_land_forcing(tile, period), boxes.swapaxes(0, 1))
+
+
+def test_opening_reads_each_time_axis_once(counting: Place) -> None:
+    write(counting, published()[0])
+    forget_reads()
+    open_published(counting)
+    reads = {path: n for path, n in CountingFileSystem.reads.items() if "/time/c/" in path}
+    assert len(reads) == 5
+    assert set(reads.values()) == {1}
 
 
 # -------------------- what is refused

@@ -11,8 +11,9 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, DataError, StoreError
 from h2mv_dist.grid import Period, as_date
 from h2mv_dist.io import world
+from h2mv_dist.io.library import PUBLISHED_GROUPS
 from h2mv_dist.io.stores import open_store, put_object
-from h2mv_dist.io.world import CLIMATES, FORCING, GROUPS, TARGETS, Land, ObservedTarget, Weather
+from h2mv_dist.io.world import CLIMATES, FORCING, TARGETS, Land, ObservedTarget, Weather
 from h2mv_dist.io.world.features import COVERS
 from h2mv_dist.io.world.weather import year_phase
 from h2mv_dist.spec import Float32Array
@@ -148,6 +149,13 @@ class TestLand:
     @pytest.mark.parametrize("resolution", [0.0, 0.5, 1.5, 7.0, 8.0, -1.0, 360.0, np.nan, np.inf])
     def test_refuses_a_grid_that_does_not_fit(self, resolution: float) -> None:
         with pytest.raises(ConfigError, match="divides 180"):
+            world.load_land(resolution)
+
+    @pytest.mark.parametrize(("resolution", "n_land"), [(36.0, 9), (90.0, 1), (180.0, 0)])
+    def test_refuses_a_grid_with_hardly_any_land(self, resolution: float, n_land: int) -> None:
+        with pytest.raises(
+            ConfigError, match=rf"at least 10 land cells(.|\n)*{n_land} land cells(.|\n)*finer"
+        ):
             world.load_land(resolution)
 
 
@@ -509,7 +517,7 @@ class TestPublishedLayout:
     def test_metadata_are_those_of_the_published_layout(self, written: str, shared: Path) -> None:
         ours = zarr.open_group(written, mode="r", zarr_format=2, use_consolidated=True)
         published = zarr.open_group(shared / "reference_layout.zarr", mode="r", zarr_format=2)
-        assert set(ours) == {*GROUPS.values(), "static", "mask"}
+        assert set(ours) == {*PUBLISHED_GROUPS.values(), "static", "mask"}
         for name in ours:
             group, model = ours[name], published[name]
             assert isinstance(group, zarr.Group)
@@ -537,7 +545,7 @@ class TestPublishedLayout:
         series = dict(zip(FORCING, np.moveaxis(weather.forcing, 2, 0), strict=True))
         packed = {**series, **{name: target.values for name, target in targets.items()}}
         for name, values in packed.items():
-            group = xr.open_zarr(written, group=GROUPS[name], chunks=None, consolidated=True)
+            group = xr.open_zarr(written, group=PUBLISHED_GROUPS[name], chunks=None, consolidated=True)
             maps = group["data"].transpose("time", "lat", "lon").values
             np.testing.assert_array_equal(maps[:, land.grid.mask].T, values)
             assert np.isnan(maps[:, ~land.grid.mask]).all()

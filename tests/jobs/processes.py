@@ -35,8 +35,17 @@ def launch(log: Path, command: tuple[str, ...], environment: dict[str, str]) -> 
 
 @contextmanager
 def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``python -m`` with this command; at the end it is asked to stop, then made to."""
-    started = launch(log, (sys.executable, "-m", *command), environment)
+    """``python -m`` with this command."""
+    with program(log, (sys.executable, "-m", *command), environment) as started:
+        yield started
+
+
+@contextmanager
+def program(
+    log: Path, command: tuple[str, ...], environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that at the end is asked to stop, then made to."""
+    started = launch(log, command, environment)
     try:
         yield started
     finally:

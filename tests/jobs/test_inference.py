@@ -1,12 +1,15 @@
 """Global inference on real worker processes: tiles, restart, refusals."""
 
 import hashlib
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,15 @@ from distributed import Client
 
 from h2mv_dist.config import Settings, to_json
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
+from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
-from h2mv_dist.jobs.inference import plan_from_message, plan_inference, submit_inference
+from h2mv_dist.jobs.inference import (
+    plan_from_message,
+    plan_inference,
+    start_inference,
+    submit_inference,
+    warn_of_split_chunks,
+)
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.model.base import Batch
@@ -67,6 +77,9 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
         assert np.abs(anomaly.mean(axis=0)).max() < 1e-2
         assert cube["time"].values[0] == np.datetime64("2001-01-01")
     assert submit_inference(client, settings, job, str(tmp_path / "cube.zarr"), NO_OPTIONS) is None
+    found = verify_cube(str(tmp_path / "cube.zarr"), NO_OPTIONS)
+    assert found.complete
+    assert len(found.sound) == len(Ledger(str(tmp_path / "cube.zarr"), NO_OPTIONS).receipts())
 
 
 def test_tiled_and_blocked_equal_one_piece(
@@ -236,12 +249,74 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_foreign_checkpoint_is_refused(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
-    fold = tmp_path / "folds" / "00"
-    fold.mkdir(parents=True)
-    (fold / "best.safetensors").write_bytes(b"\x80\x05not a checkpoint")
-    assert JobFolder(str(tmp_path), NO_OPTIONS).trained_folds() == (0,)
-    with pytest.raises(CheckpointError, match=r"best.safetensors"):
-        submit_inference(
-            client, small_settings(world_url, cache), str(tmp_path), str(tmp_path / "c"), NO_OPTIONS
-        )
+def test_a_foreign_checkpoint_is_refused(world_url: str, cache: Path, job: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(job, tmp_path / "job")
+    best = JobFolder(str(folder), NO_OPTIONS).fold(0).state().best
+    (folder / "folds" / "00" / "checkpoints" / best).write_bytes(b"\x80\x05not a checkpoint")
+    with pytest.raises(CheckpointError, match=best):
+        plan_inference(small_settings(world_url, cache), str(folder), NO_OPTIONS)
+
+
+def test_folds_that_are_not_finished_are_only_used_when_named(
+    world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(job, tmp_path / "job")
+    (folder / "folds" / "01" / "done.json").unlink()
+    with pytest.raises(
+        CheckpointError,
+        match=r"not finished: \[1\](.|\n)*--resume(.|\n)*inference.folds(.|\n)*best checkpoint",
+    ):
+        plan_inference(small_settings(world_url, cache), str(folder), NO_OPTIONS)
+    for folds in ([0], [0, 1]):
+        settings = small_settings(world_url, cache, inference={"folds": folds})
+        assert plan_inference(settings, str(folder), NO_OPTIONS).layout.members == tuple(folds)
+
+
+def test_a_cube_says_where_its_inputs_are(world_url: str, cache: Path, job: str) -> None:
+    attributes = plan_inference(small_settings(world_url, cache), job, NO_OPTIONS).layout.attributes
+    assert attributes["data_url"] == world_url
+    assert attributes["training_job"] == job
+
+
+def test_a_cube_that_cannot_fit_on_the_disk_is_refused_before_anything_is_written(
+    client: Client,
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = small_settings(world_url, cache, inference={"outputs": ["runoff"]})
+    planned, cube = plan_inference(settings, job, NO_OPTIONS), str(tmp_path / "new" / "cube.zarr")
+    needed = planned.missing_bytes(())
+    cells = sum(math.prod(tile.shape) for tile in planned.layout.tiles)
+    assert needed == pytest.approx(2 * 4 * 365 * cells, rel=0.02)
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    leave(needed // 11)
+    with pytest.raises(StoreError, match=r"does not fit on the disk(.|\n)*before compression(.|\n)*free"):
+        start_inference(client, planned, job, cube, NO_OPTIONS)
+    assert not any(tmp_path.iterdir())
+    caplog.set_level("INFO", "h2mv_dist")
+    leave(needed // 5)
+    handle = start_inference(client, planned, job, cube, NO_OPTIONS)
+    assert handle is not None
+    handle.wait()
+    assert "tiles of the cube that are missing take" in caplog.text
+    assert f"{cube}: {planned.summary()}" in caplog.messages
+    leave(0)
+    assert start_inference(client, planned, job, cube, NO_OPTIONS) is None, "nothing is missing"
+
+
+def test_tiles_that_cut_chunks_of_the_forcing_are_told(
+    world_url: str, cache: Path, job: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size in ([6, 12], [18, 36], [9, 12]):
+        settings = small_settings(world_url, cache, inference={"tile": size, "shard": size, "chunk": size})
+        warn_of_split_chunks(plan_inference(settings, job, NO_OPTIONS))
+    (told,) = caplog.messages
+    assert "tile = [9, 12] cuts chunks of the forcing, [6, 6] cells each" in told
+    assert "tile = [18, 12] would not" in told

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from h2mv_dist.model.base import Batch, Target, steps_between
+from h2mv_dist.model.base import Batch, Result, Target, steps_between
 from h2mv_dist.model.h2mv import SPEC
 from h2mv_dist.model.registry import h2mv_loss
-from h2mv_dist.model.rollout import run_blocks, spin_up
+from h2mv_dist.model.rollout import run_block, spin_up
 from h2mv_dist.variables import VARIABLES
 from tests.model import builders
 
@@ -46,8 +46,11 @@ def test_blocks_of_days_equal_one_run() -> None:
     model, batch = builders.model(), builders.batch(n_days=100)
     state = spin_up(model, batch, 30)
     whole = model(batch, state)
-    parts = [replace(batch, forcing=f, targets={}) for f in batch.forcing.split(33, dim=1)]
-    results = list(run_blocks(model, parts, state))
+    results: list[Result] = []
+    states = [state]
+    for part in batch.forcing.split(33, dim=1):
+        block = replace(batch, forcing=part, targets={})
+        states = run_block([model], block, states, lambda _, result: results.append(result))
     for name in SPEC.daily:
         joined = torch.cat([r.daily[name] for r in results], dim=1)
         torch.testing.assert_close(joined, whole.daily[name], rtol=1e-4, atol=1e-4)

@@ -1,8 +1,9 @@
 """Real data as CF Zarr stores: three Caravan catchments [time, cell], and the NLDAS-2 grid [time, lat, lon].
 
-Both carry the same static features, climate averages of their own forcing: the two collections share no
-attribute for every cell (NLDAS-2 lacks the soil of one land cell). Units are those of the origin; the Source
-converts them.
+Both carry the same static features, the climate of their own precipitation: the two collections share no
+attribute for every cell (NLDAS-2 lacks the soil of one land cell). Features are scaled by two catchments only,
+so they are such as place the third among them: in these it is at most 1.6 standard deviations from their mean,
+in warmth or aridity 3 to 4, in seasonality 80. Units are those of the origin; the Source converts them.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ import xarray as xr
 
 CATCHMENTS: Final = ("camelsch_4001", "camelses_1414", "camelslx_054")
 PERIOD: Final = slice("2000-01-02", "2020-09-30")
-STATIC: Final = ("precipitation_mean", "temperature_mean", "aridity", "precipitation_seasonality")
+STATIC: Final = ("precipitation_mean", "wet_days", "heavy_precipitation")
 CATCHMENT_VARIABLES: Final[dict[str, dict[str, str]]] = {"runoff": {"name": "streamflow"}}
 NLDAS_VARIABLES: Final[dict[str, dict[str, str]]] = {
     "net_radiation": {"name": "rnet_est"},
@@ -22,9 +23,10 @@ NLDAS_VARIABLES: Final[dict[str, dict[str, str]]] = {
     "air_temperature": {"name": "tair"},
 }
 
-_VAPORISATION: Final = 28.35
-"""Energy that evaporates 1 mm of water in a day, W m-2."""
-_CELSIUS: Final = 273.15
+_WET: Final = 1.0
+"""Precipitation above which a day is wet, mm d-1."""
+_HEAVY: Final = 0.99
+"""Share of days with less than heavy precipitation."""
 
 
 def write_catchments(data: Path, url: str) -> None:
@@ -32,9 +34,7 @@ def write_catchments(data: Path, url: str) -> None:
     daily = _read_catchments(data / "caravan")
     monthly = daily.pop("streamflow").resample({"time": "MS"}).mean(skipna=False).rename(time="month")
     attributes = pd.read_csv(data / "caravan" / "attributes.csv", index_col="gauge_id").loc[list(CATCHMENTS)]
-    climate = _climate(
-        daily["precipitation"], daily["air_temperature"] + _CELSIUS, daily["net_radiation"], "cell"
-    )
+    climate = _climate(daily["precipitation"], "cell")
     store = xr.Dataset({**daily, **climate, "streamflow": monthly.assign_attrs(units="mm d-1")})
     store = store.assign_coords(
         lat=("cell", attributes["gauge_lat"].to_numpy(), {"standard_name": "latitude"}),
@@ -56,7 +56,7 @@ def write_nldas(data: Path, url: str) -> None:
     with xr.open_dataset(data / "nldas2_conus_412cells_daily_20150401_20180331.nc") as file:
         daily = file[[v["name"] for v in NLDAS_VARIABLES.values()]].load()
     daily = daily.transpose("time", "lat", "lon")
-    climate = _climate(daily["precip"], daily["tair"], daily["rnet_est"], "lat", "lon")
+    climate = _climate(daily["precip"], "lat", "lon")
     land = daily["precip"].notnull().any("time").astype(np.int8)
     _write(xr.Dataset({**daily.data_vars, **climate, "land": land}), url)
 
@@ -95,17 +95,13 @@ def _read_catchment(path: Path) -> Any:
     return table.rename(columns=names)
 
 
-def _climate(
-    precipitation: xr.DataArray, kelvin: xr.DataArray, net_radiation: xr.DataArray, *dims: str
-) -> dict[str, xr.DataArray]:
+def _climate(precipitation: xr.DataArray, *dims: str) -> dict[str, xr.DataArray]:
     """Static features from forcing alone, [*dims]; no target has a part in them."""
-    mean = precipitation.mean("time")
-    by_month = precipitation.groupby("time.month").mean()
+    known = precipitation.notnull().all("time")
     features = (
-        mean,
-        kelvin.mean("time"),
-        net_radiation.clip(min=0).mean("time") / _VAPORISATION / mean,
-        by_month.std("month") / mean,
+        precipitation.mean("time"),
+        (precipitation > _WET).mean("time").where(known),
+        precipitation.quantile(_HEAVY, "time", skipna=False).drop_vars("quantile"),
     )
     return {name: f.transpose(*dims) for name, f in zip(STATIC, features, strict=True)}
 

@@ -29,11 +29,12 @@ from tests.real.stores import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NO_OPTIONS: Final = StorageOptions()
-HELD_OUT: Final = 2
-"""Luxembourg; its climate lies between those of the other two."""
-EPOCHS: Final = 15
+HELD_OUT: Final = 1
+"""Spain, far from the other two. Without Luxembourg instead, the first epoch already explains more of the
+validation years, and the loss is halved with some seeds only."""
+EPOCHS: Final = 40
 TRAINED_DAYS: Final = "2010-10-01..2020-10-01"
-"""Half of the days, the last five years for validation, so that training takes a minute."""
+"""Half of the days, the last five years for validation, so that training takes a minute or two."""
 BUDGET: Final = ("actual_precipitation", "evapotranspiration", "runoff", "terrestrial_water_storage")
 
 Floats = NDArray[np.float64]
@@ -107,7 +108,7 @@ def settings_for(data: dict[str, Any], inference: dict[str, Any], folder: Path) 
     tree = {
         "data": data,
         "folds": {"explicit": [fold]},
-        "model": {"hidden": 16, "encoder": 16, "condensed": 4},
+        "model": {"hidden": 32, "encoder": 32, "condensed": 4},
         "training": training,
         "inference": {**inference, "members": "all"},
     }
@@ -120,14 +121,16 @@ def infer(client: Client, settings: Settings, job: JobFolder, cube: Path) -> Non
     handle.wait()
 
 
-def test_validation_loss_falls_by_a_third(job: JobFolder) -> None:
+def test_validation_loss_is_halved(job: JobFolder) -> None:
     metrics = job.fold(0).metrics()
     losses = [epoch["valid_loss"] for epoch in metrics]
     print("\nvalidation loss:", " ".join(f"{loss:.3f}" for loss in losses))
-    print("terms at the end:", metrics[-1]["valid_terms"])
+    best = int(np.argmin(losses))
+    terms = metrics[best]["valid_terms"]
+    print(f"first {losses[0]:.3f}, best {losses[best]:.3f} in epoch {best + 1}: {terms}")
     print("seconds an epoch:", " ".join(f"{epoch['seconds']:.1f}" for epoch in metrics))
     assert set(metrics[-1]["valid_terms"]) == {"runoff", "swe"}
-    assert min(losses) <= losses[0] * 2 / 3
+    assert min(losses) <= losses[0] / 2
 
 
 def test_streamflow_of_the_catchment_left_out(
@@ -146,7 +149,7 @@ def test_streamflow_of_the_catchment_left_out(
         role = "left out" if cell == HELD_OUT else "trained on"
         print(f"{name} ({role}): r = {r:.3f}, NSE = {nse:.3f} over {months} months")
         if cell == HELD_OUT:
-            assert r > 0.5
+            assert r > 0.7
 
 
 def skill(simulated: Floats, observed: Floats) -> tuple[float, float, int]:

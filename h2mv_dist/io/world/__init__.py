@@ -12,12 +12,11 @@ All numbers below are rounded climatology chosen by eye: a world to train on, no
 from h2mv_dist.io.world.land import CLIMATES, ClassArray, Land, MaskArray, load_land, pack_land
 from h2mv_dist.io.world.observe import TARGETS, TRUTH, ObservedTarget, observe
 from h2mv_dist.io.world.weather import FORCING, Weather, make_weather
-from h2mv_dist.io.world.write import GROUPS, write_world
+from h2mv_dist.io.world.write import require_free, write_world
 
 __all__ = [
     "CLIMATES",
     "FORCING",
-    "GROUPS",
     "TARGETS",
     "TRUTH",
     "ClassArray",
@@ -29,5 +28,6 @@ __all__ = [
     "make_weather",
     "observe",
     "pack_land",
+    "require_free",
     "write_world",
 ]

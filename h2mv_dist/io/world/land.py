@@ -20,6 +20,8 @@ CLIMATES: Final = ("tropical", "arid", "temperate", "cold", "polar")
 MaskArray = NDArray[np.bool_]
 ClassArray = NDArray[np.int8]
 
+_FEWEST_CELLS: Final = 10
+
 _SOUTHERN_LIMIT: Final = -60.0
 """Land south of it (the Antarctic) is left out, degrees north."""
 
@@ -51,7 +53,7 @@ def load_land(resolution: float = 1.0) -> Land:
         resolution: edge of a cell, a whole number of degrees that divides 180.
 
     Raises:
-        ConfigError: no such grid.
+        ConfigError: no such grid, or one with hardly any land.
 
     >>> load_land(1.0).grid.n_land
     15408
@@ -60,6 +62,7 @@ def load_land(resolution: float = 1.0) -> Land:
     classes = _read_classes()
     counts = np.stack([_box_sums(classes == k, step) for k in range(1, len(CLIMATES) + 1)])
     mask = 2 * counts.sum(axis=0) >= step * step
+    _require_land(int(mask.sum()), resolution)
     climate = np.where(mask, counts.argmax(axis=0) + 1, 0).astype(np.int8)
     return Land(Grid.lat_lon(_centres(90.0, -step, 180), _centres(-180.0, step, 360), mask), climate)
 
@@ -97,6 +100,19 @@ def _whole_degrees(resolution: float) -> int:
             )
         )
     return int(resolution)
+
+
+def _require_land(n_land: int, resolution: float) -> None:
+    if n_land < _FEWEST_CELLS:
+        raise ConfigError(
+            describe(
+                "too little land for a world",
+                where="resolution of the made-up world",
+                expected=f"at least {_FEWEST_CELLS} land cells, so that folds can be made of them",
+                actual=f"{n_land} land cells of {resolution:g} degrees",
+                fix="use a finer grid: 30 degrees or less",
+            )
+        )
 
 
 def _box_sums(values: MaskArray, step: int) -> IntArray:

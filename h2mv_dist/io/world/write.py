@@ -1,7 +1,6 @@
 """The file of the made-up world, in the published layout (Zarr format 2)."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -10,26 +9,13 @@ import zarr
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, DataError, StoreError, describe
 from h2mv_dist.grid import Grid, IntArray, Period, as_date
-from h2mv_dist.io.stores import displayed, explained, list_objects, open_store
+from h2mv_dist.io.library import PUBLISHED_GROUPS
+from h2mv_dist.io.stores import displayed, exists, explained, list_objects, local_path, open_store
 from h2mv_dist.io.world.land import Land
 from h2mv_dist.io.world.observe import TARGETS, ObservedTarget
 from h2mv_dist.io.world.weather import FORCING, Weather
 from h2mv_dist.spec import Float32Array
 from h2mv_dist.variables import nearest
-
-GROUPS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "net_radiation": "rn",
-        "precipitation": "prec",
-        "air_temperature": "tair",
-        "terrestrial_water_storage_anomaly": "tws",
-        "evapotranspiration": "et",
-        "runoff": "q",
-        "fapar": "fapar",
-        "snow_water_equivalent": "swe",
-    }
-)
-"""Variable -> its group in the published layout; beside them are ``static`` and ``mask``."""
 
 _CHUNK: Final = 6
 """Cells along each edge of a published chunk, which holds all its days."""
@@ -70,7 +56,7 @@ def write_world(
         ConfigError: a target has no group in the published layout.
     """
     _check_world(land, period, weather, targets)
-    _refuse_existing(url, options)
+    require_free(url, options)
     with explained(url, options):
         store = open_store(url, options, read_only=False)
         root = zarr.create_group(store, zarr_format=2)
@@ -78,9 +64,9 @@ def write_world(
         _write_static(root, land.grid, weather)
         for column, name in enumerate(FORCING):
             series = ObservedTarget(weather.forcing[:, :, column], period.days(), "daily")
-            _write_series(root, land.grid, GROUPS[name], series)
+            _write_series(root, land.grid, PUBLISHED_GROUPS[name], series)
         for name, series in targets.items():
-            _write_series(root, land.grid, GROUPS[name], series)
+            _write_series(root, land.grid, PUBLISHED_GROUPS[name], series)
         zarr.consolidate_metadata(store, zarr_format=2)
 
 
@@ -111,15 +97,23 @@ def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) 
         )
 
 
-def _refuse_existing(url: str, options: StorageOptions) -> None:
+def require_free(url: str, options: StorageOptions) -> None:
+    """Make sure that there is nothing yet at ``url``; an empty folder is nothing.
+
+    Raises:
+        StoreError: there is something, or the store cannot be reached.
+    """
+    local = local_path(url)
     found = list_objects(url, options)
+    if not found and exists(url, options) and not (local is not None and local.is_dir()):
+        found = (displayed(url),)
     if found:
         raise StoreError(
             describe(
                 "will not write over what is there",
                 where=displayed(url),
                 expected="nothing at this place",
-                actual=f"{len(found)} objects, such as {found[0]}",
+                actual=f"objects such as {found[0]} ({len(found)} in all)",
                 fix="choose another place, or delete this one yourself",
             )
         )

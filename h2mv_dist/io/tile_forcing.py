@@ -1,0 +1,107 @@
+"""The forcing of a tile's land cells, block by block, each [cell, time, var].
+
+It is read along the chunks of the source, so that a pass over time reads each of them once; what was read is
+cut into the blocks that are asked for. A tile that is small enough is kept, and read once for all passes.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import Final, TypeVar
+
+import numpy as np
+
+from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io.source import Source
+from h2mv_dist.spec import Float32Array
+
+KEPT_BYTES: Final = 256 * 2**20
+"""A tile whose forcing is no larger than this is kept while the tile is worked on."""
+
+_T = TypeVar("_T")
+
+
+class TileForcing:
+    """Forcing of one tile over a period; nothing is read before the first block is asked for.
+
+    Attributes:
+        parts: what is read at once, one after the other.
+        keeps: whether what was read stays in memory.
+    """
+
+    def __init__(self, source: Source, tile: Tile, period: Period, block_days: int) -> None:
+        self.source, self.tile, self.period, self.block_days = source, tile, period, block_days
+        self.parts = tuple(source.time_blocks(period, block_days))
+        # two parts are in memory in any case: one is used up while the next one is read
+        self.keeps = self._packed(period.n_days) <= max(KEPT_BYTES, 2 * self._packed(self._longest()))
+        self._kept: dict[Period, Float32Array] = {}
+
+    def blocks(self, n_days: int) -> Iterator[Float32Array]:
+        """The first ``n_days`` days in blocks of ``block_days``; the next is read while one is used.
+
+        Raises:
+            DataError: a land cell has no finite value.
+            StoreError: the store cannot be read.
+        """
+        lengths = [min(self.block_days, n_days - first) for first in range(0, n_days, self.block_days)]
+        return one_ahead(recut(map(self._part, self.parts), lengths))
+
+    @property
+    def n_bytes(self) -> int:
+        """Projected peak of what is in memory at once."""
+        part = self._packed(self._longest())
+        held = self._packed(self.period.n_days) if self.keeps else 2 * part
+        # a box with its sea, as stored and decoded
+        box = 2 * self._bytes(prod(self.tile.shape), self._longest())
+        joined = 2 * self._packed(min(self.block_days, self.period.n_days))
+        return held + box + joined
+
+    def _part(self, part: Period) -> Float32Array:
+        if part in self._kept:
+            return self._kept[part]
+        values = self.source.read_land_forcing(self.tile, part)
+        if self.keeps:
+            self._kept[part] = values
+        return values
+
+    def _longest(self) -> int:
+        return max(part.n_days for part in self.parts)
+
+    def _packed(self, n_days: int) -> int:
+        return self._bytes(int(self.source.grid.mask[self.tile.slices].sum()), n_days)
+
+    def _bytes(self, cells: int, n_days: int) -> int:
+        return cells * n_days * len(self.source.forcing) * np.dtype(np.float32).itemsize
+
+
+def recut(parts: Iterable[Float32Array], lengths: Iterable[int]) -> Iterator[Float32Array]:
+    """Cut consecutive parts [cell, time, var] anew; each part is held until it is used up.
+
+    >>> parts = np.split(np.arange(5).reshape(1, 5, 1), [3], axis=1)
+    >>> [block.ravel().tolist() for block in recut(parts, [2, 2, 1])]
+    [[0, 1], [2, 3], [4]]
+    """
+    following = iter(parts)
+    rest = next(following)
+    for length in lengths:
+        pieces, wanted = [], length
+        while wanted > rest.shape[1]:
+            pieces.append(rest)
+            wanted -= rest.shape[1]
+            rest = next(following)
+        pieces.append(rest[:, :wanted])
+        rest = rest[:, wanted:]
+        yield _joined([piece for piece in pieces if piece.shape[1]])
+
+
+def _joined(pieces: list[Float32Array]) -> Float32Array:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+
+def one_ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The same items; while one is used, a thread makes the next one."""
+    with ThreadPoolExecutor(1, "h2mv-ahead") as pool:
+        waiting = pool.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = pool.submit(next, items, None)
+            yield item

@@ -1,0 +1,49 @@
+"""Workers that are asked to leave: the ranks make a checkpoint first, and nobody's attempts are used up."""
+
+import time
+
+import pytest
+
+from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.training import submit_training
+from tests.faults.conftest import NewSettings
+from tests.faults.folds import FinalBytes, assert_recovered, pointer_held, rank_runs, seat_of, under_way
+from tests.faults.processes import DaskProcesses, is_alive
+from tests.jobs.conftest import NO_OPTIONS
+from tests.jobs.processes import wait_until
+
+pytestmark = [pytest.mark.slow]
+
+DASK_WAITS_SECONDS = 8.0
+"""For a worker whose nanny was asked to leave."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "slow_seconds"),
+    [("worker", 0.0), ("nanny", 0.0), ("nanny", DASK_WAITS_SECONDS + 4.0)],
+    ids=["worker", "nanny", "nanny-slow"],
+)
+def test_a_worker_is_asked_to_leave(
+    asked: str,
+    slow_seconds: float,
+    own: DaskProcesses,
+    new_settings: NewSettings,
+    reference: FinalBytes,
+    folder: JobFolder,
+) -> None:
+    fold = folder.fold(0)
+    own.start_worker("spare")
+    own.wait_for_workers(3)
+    with own.client() as client:
+        job = submit_training(client, new_settings(attempts=1), folder.url, NO_OPTIONS)
+        under_way(fold)
+        leaving = own.workers[seat_of(fold, 1).name]
+        with pointer_held(fold):
+            (leaving.process if asked == "worker" else leaving.nanny).terminate()
+            time.sleep(slow_seconds)
+        wait_until(lambda: "part" in fold.state().last, "a checkpoint within the epoch")
+        job.wait()
+    assert_recovered(fold, reference)
+    assert {run.kind for run in rank_runs(fold) if run.attempt == 1} == {"preempted"}
+    assert leaving.name not in {run.name for run in rank_runs(fold) if run.attempt > 1}
+    wait_until(lambda: not is_alive(leaving.nanny), "the end of the worker")

@@ -1,0 +1,144 @@
+"""Tiles without a cluster: how often chunks are read, what is projected, what a finished cube needs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dask.config import get
+
+from h2mv_dist.errors import JobError
+from h2mv_dist.io import tile_forcing
+from h2mv_dist.io.ledger import Receipt
+from h2mv_dist.jobs.tiles import compute_tile, finish_cube
+from tests.conftest import Place
+from tests.io.counting import chunk_reads, counting_place, forget_reads
+from tests.jobs.tiles import NO_OPTIONS, Sizes, context, plan, write_data
+
+PASSES = 3
+"""Spin-up, baseline, run."""
+
+
+@pytest.fixture
+def counting() -> Iterator[Place]:
+    with counting_place() as place:
+        yield place
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept_bytes", "reads"),
+    [
+        (Sizes(), 2**28, 1),
+        (Sizes(chunk=(10, 2, 3)), 2**28, 1),
+        (Sizes(), 0, 1),
+        (Sizes(chunk=(40, 4, 6)), 0, 1),
+        (Sizes(chunk=(10, 2, 3)), 0, PASSES),
+        (Sizes(chunk=(20, 2, 3), shard_days=6), 0, PASSES),
+        (Sizes(chunk=(7, 2, 3), shard_days=30), 0, PASSES),
+    ],
+    ids=[
+        "kept, all days in a chunk",
+        "kept, several chunks",
+        "too large, but all days in a chunk",
+        "too large, but two chunks",
+        "streamed, chunks shorter than blocks",
+        "streamed, chunks longer than blocks",
+        "streamed, chunks across blocks",
+    ],
+)
+def test_a_tile_reads_each_chunk_once_a_pass_at_most(
+    counting: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: Sizes,
+    kept_bytes: int,
+    reads: int,
+) -> None:
+    monkeypatch.setattr(tile_forcing, "KEPT_BYTES", kept_bytes)
+    write_data(counting, sizes)
+    planned = plan(counting.url, sizes)
+    tiles = context(planned, str(tmp_path / "cube.zarr"))
+    forget_reads()
+    for tile in planned.layout.tiles:
+        compute_tile(tiles, tile)
+    days, rows, columns = sizes.chunk
+    n_chunks = -(-sizes.n_days // days) * -(-4 // rows) * -(-6 // columns)
+    for group in ("rn", "prec", "tair"):
+        counts = chunk_reads(group)
+        assert len(counts) == n_chunks
+        assert set(counts.values()) == {reads}, group
+
+
+def test_what_is_computed_does_not_depend_on_how_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checksums = set()
+    for name, days, kept_bytes in (("a", 80, 2**28), ("b", 10, 0), ("c", 23, 0)):
+        monkeypatch.setattr(tile_forcing, "KEPT_BYTES", kept_bytes)
+        sizes = Sizes(chunk=(days, 2, 3))
+        write_data(Place(str(tmp_path / name), NO_OPTIONS), sizes)
+        planned = plan(str(tmp_path / name), sizes)
+        tiles = context(planned, str(tmp_path / f"{name}.zarr"))
+        checksums.add(compute_tile(tiles, planned.layout.tiles[0]))
+    assert len(checksums) == 1
+
+
+def test_a_cube_is_not_finished_without_all_receipts(tmp_path: Path) -> None:
+    sizes = Sizes(tile=(2, 3))
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles = context(planned, str(tmp_path / "cube.zarr"))
+    first, *others = planned.layout.tiles
+    for tile in others:
+        tiles.ledger.record(Receipt(tile.name, "test", compute_tile(tiles, tile), 0.0))
+    with pytest.raises(JobError, match=rf"no receipt(.|\n)*1 tiles, such as {first.name}(.|\n)*run h2mv"):
+        finish_cube(tiles)
+    tiles.ledger.record(Receipt(first.name, "test", compute_tile(tiles, first), 0.0))
+    assert len(finish_cube(tiles)) == 64
+
+
+MEASURE = """
+import json, resource, sys
+import torch
+from h2mv_dist.jobs.tiles import compute_tile
+from tests.jobs.tiles import Sizes, context, plan
+
+torch.set_num_threads(1)
+folder, small, large = sys.argv[1], *(Sizes(**json.loads(text)) for text in sys.argv[2:])
+warm = plan(f"{folder}/small", small)
+compute_tile(context(warm, f"{folder}/warm.zarr"), warm.layout.tiles[0])
+planned = plan(f"{folder}/large", large)
+tiles = context(planned, f"{folder}/cube.zarr")
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+compute_tile(tiles, planned.layout.tiles[0])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([planned.tile_bytes(), peak - before]))
+"""
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        Sizes(shape=(24, 30), n_days=150, chunk=(150, 12, 15), tile=(24, 30), shard_days=75, members=4),
+        Sizes(shape=(20, 20), n_days=240, chunk=(60, 20, 20), tile=(20, 20), shard_days=120, hidden=100),
+        Sizes(shape=(60, 60), n_days=730, chunk=(365, 20, 20), tile=(60, 60), shard_days=5, members=1),
+    ],
+    ids=["many members", "a large network", "much forcing"],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_projected_memory_is_what_is_measured(tmp_path: Path, large: Sizes) -> None:
+    small = Sizes(hidden=large.hidden)
+    for name, sizes in (("small", small), ("large", large)):
+        write_data(Place(str(tmp_path / name), NO_OPTIONS), sizes)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), *(json.dumps(vars(s)) for s in (small, large))]
+    # freed memory goes back to the system as it does on workers
+    worker = {name: str(value) for name, value in get("distributed.nanny.pre-spawn-environ").items()}
+    environment = {**os.environ, **worker}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    projected, measured = json.loads(done.stdout)
+    assert projected / 2 < measured < projected * 2, f"{projected=}, {measured=}"
