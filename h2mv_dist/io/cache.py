@@ -101,14 +101,28 @@ def stage(source: Source, directory: Path, limit_bytes: int | None = None) -> St
         DataError: forcing or static features are not finite on land.
         StoreError: the source cannot be read, or there is no room below ``directory`` or within the limit.
     """
-    final = directory / source.cache_key
+    return stage_once(lambda: source, source.cache_key, directory, limit_bytes)
+
+
+def stage_once(
+    find: Callable[[], Source], key: str, directory: Path, limit_bytes: int | None = None
+) -> StagedCells:
+    """As :func:`stage`, for a source that is only looked for by the process that writes its cells.
+
+    Args:
+        find: opens the source.
+        key: its ``cache_key``.
+        directory: where the cells are kept.
+        limit_bytes: see :func:`stage`.
+    """
+    final = directory / key
     with explained(str(directory), _LOCAL):
         directory.mkdir(parents=True, exist_ok=True)
         with turn(turn_file(final)) as locked:
             if locked:
                 _remove_left_overs(final)
             if not is_staged(directory, final.name):
-                _write_once(source, final, limit_bytes)
+                _write_once(find(), final, limit_bytes)
             # opened while it is our turn: nobody deletes the folder in between
             return open_staged(final)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -166,9 +167,9 @@ class Source:
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
 
-    @property
+    @cached_property
     def cache_key(self) -> str:
-        """Name of the folder the cells are staged in."""
+        """Name of the folder the cells are staged in; the objects are listed once to find it."""
         return self.fingerprint()[:32]
 
     def _check_tile(self, tile: Tile) -> None:

@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from h2mv_dist.config import Settings, StorageOptions, validate
 from h2mv_dist.errors import JobError, StoreError, describe
-from h2mv_dist.io.cache import StagedCells, default_cache, is_staged, open_staged, stage
+from h2mv_dist.io.cache import StagedCells, default_cache, is_staged, open_staged, stage_once
 from h2mv_dist.io.folds import Fold, fit_scaler, make_folds, require_observations
-from h2mv_dist.io.source import open_source
+from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
@@ -182,11 +182,15 @@ def train_rank(
 
 
 def _staged(settings: Settings, key: str, options: StorageOptions) -> StagedCells:
-    """The cells the client saw; the store is only opened if this host has not staged them yet."""
-    cache = settings.training.cache
+    """The cells the client saw; of each host, one process opens the store, unless that was done before."""
+    cache, limit = settings.training.cache, settings.training.cache_limit
     folder = Path(cache) if cache is not None else default_cache()
     if is_staged(folder, key):
         return open_staged(folder / key)
+    return stage_once(lambda: _source_seen_by_client(settings, key, options), key, folder, limit)
+
+
+def _source_seen_by_client(settings: Settings, key: str, options: StorageOptions) -> Source:
     spec = model_kind(settings.model.name).spec
     targets = chosen_targets(spec, settings.training.targets)
     source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
@@ -200,7 +204,7 @@ def _staged(settings: Settings, key: str, options: StorageOptions) -> StagedCell
                 fix="let the data be while a job runs, then submit it again",
             )
         )
-    return stage(source, folder, settings.training.cache_limit)
+    return source
 
 
 def decided(

@@ -180,7 +180,7 @@ def _toml(settings: Settings) -> str:
     lines = []
     for section, values in settings.model_dump(mode="json", exclude_none=True).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_value(value)}" for key, value in values.items() if value not in ({}, None)]
+        lines += [f"{key} = {_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
 """Real data as CF Zarr stores: three Caravan catchments [time, cell], and the NLDAS-2 grid [time, lat, lon].
 
 Both carry the same static features, the climate of their own precipitation: the two collections share no
-attribute for every cell (NLDAS-2 lacks the soil of one land cell). Features are scaled by two catchments only,
-so they are such as place the third among them: in these it is at most 1.6 standard deviations from their mean,
-in warmth or aridity 3 to 4, in seasonality 80. Units are those of the origin; the Source converts them.
+attribute for every cell (NLDAS-2 lacks the soil of one land cell). Two catchments scale the features, so
+these are such as place the third among them: it is at most 1.6 standard deviations from their mean, but 3 to
+4 in warmth or aridity, and 80 in seasonality. Units are those of the origin; the Source converts them.
 """
 
 from pathlib import Path
