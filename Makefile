@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all faults lint bench clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -26,7 +26,10 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/faults
+
+faults: $(READY)
+	$(BIN)/python -m pytest -m slow tests/faults
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -66,7 +66,11 @@ class CubePlan:
     spinup: Period | None
 
     def tile_bytes(self) -> int:
-        """Projected peak of the arrays a worker holds for its largest tile, bytes; one line a buffer."""
+        """Projected peak of the arrays a worker holds for its largest tile, bytes; one line a buffer.
+
+        Measured where what is freed goes back to the system, as nannies start their workers
+        (``MALLOC_TRIM_THRESHOLD_``); elsewhere glibc may hold about twice as much.
+        """
         layout, mask = self.layout, self.layout.grid.mask
         tile = max(layout.tiles, key=lambda tile: int(mask[tile.slices].sum()))
         cells, box = int(mask[tile.slices].sum()), math.prod(tile.shape)

@@ -7,7 +7,7 @@
     folds/NN/checkpoints/E-A-KIND.safetensors   epoch E, attempt A; best: weights, last: all a resume needs
     folds/NN/metrics/E-A.json      numbers of an epoch
     folds/NN/decisions.json        what defaults and probes decided; a resume does the same
-    folds/NN/attempts/A/rank-R.json   who ran the rank where and when, and how it ended
+    folds/NN/attempts/A/rank-R.json   who ran the rank where and when, its first step, and how it ended
     folds/NN/attempts/A/rank-R.log    what it printed
     folds/NN/done.json             present when the fold is finished
     runs/NAME/...                  the same again for each run of a sweep

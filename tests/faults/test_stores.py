@@ -23,12 +23,14 @@ from tests.jobs.processes import wait_until
 pytestmark = [pytest.mark.slow]
 
 SHARE = 0.2
+LOST = {"state.json": 3, "checkpoints": 3, "metrics": 3, "decisions.json": 1, "done.json": 1}
+"""Objects -> how many writes of them are carried out without an answer."""
 
 
 def lose_replies(proxy: FaultProxy) -> None:
     """The store has done what it was asked to, but nobody is told."""
-    for name in ("state.json", "checkpoints", "metrics", "decisions.json", "done.json"):
-        proxy.plan("lose", 1 if name.endswith("e.json") or name.startswith("dec") else 3, "PUT", name)
+    for name, times in LOST.items():
+        proxy.plan("lose", times, "PUT", name)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,7 @@ def s3_world(s3_server: S3Server, s3_bucket: str) -> str:
     [
         (lambda proxy: proxy.share({"unavailable": SHARE}), "unavailable", 20),
         (lambda proxy: proxy.share({"reset": SHARE}), "reset", 20),
-        (lose_replies, "lose", 9),
+        (lose_replies, "lose", sum(LOST.values())),
     ],
     ids=["busy", "reset", "reply lost"],
 )

@@ -120,6 +120,8 @@ print(json.dumps([planned.tile_bytes(), peak - before]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "large",
     [
@@ -138,7 +140,7 @@ def test_projected_memory_is_what_is_measured(tmp_path: Path, large: Sizes) -> N
     # freed memory goes back to the system as it does on workers
     worker = {name: str(value) for name, value in get("distributed.nanny.pre-spawn-environ").items()}
     environment = {**os.environ, **worker}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     projected, measured = json.loads(done.stdout)
     assert projected / 2 < measured < projected * 2, f"{projected=}, {measured=}"
