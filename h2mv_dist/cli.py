@@ -144,6 +144,7 @@ def infer(
 
     chosen, options = _settings(settings, set_, address)
     plan = plan_inference(chosen, job, options)
+    console.print(plan.summary(), soft_wrap=True)
     with connect(chosen.cluster) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
         handle = start_inference(client, plan, job, cube, options)

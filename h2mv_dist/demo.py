@@ -45,9 +45,9 @@ batch_size = 96
 cache = "{folder}/cache"
 
 [inference]
-tile = [10, 20]
-shard = [10, 20]
-chunk = [10, 10]
+tile = [12, 24]
+shard = [12, 24]
+chunk = [12, 12]
 shard_days = 366
 chunk_days = 122
 

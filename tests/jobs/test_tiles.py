@@ -101,10 +101,15 @@ def test_a_cube_is_not_finished_without_all_receipts(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import torch
 from h2mv_dist.jobs.tiles import compute_tile
 from tests.jobs.tiles import Sizes, context, plan
+
+def status_bytes(name):
+    # not ru_maxrss: that starts at the resident memory of the process that started this one
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
 torch.set_num_threads(1)
 folder, small, large = sys.argv[1], *(Sizes(**json.loads(text)) for text in sys.argv[2:])
@@ -112,11 +117,9 @@ warm = plan(f"{folder}/small", small)
 compute_tile(context(warm, f"{folder}/warm.zarr"), warm.layout.tiles[0])
 planned = plan(f"{folder}/large", large)
 tiles = context(planned, f"{folder}/cube.zarr")
-with open("/proc/self/statm") as file:
-    before = int(file.read().split()[1]) * resource.getpagesize()
+before = status_bytes("VmRSS")
 compute_tile(tiles, planned.layout.tiles[0])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([planned.tile_bytes(), peak - before]))
+print(json.dumps([planned.tile_bytes(), status_bytes("VmHWM") - before]))
 """
 
 
