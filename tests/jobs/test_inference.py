@@ -94,7 +94,8 @@ def test_tiled_and_blocked_equal_one_piece(
     batch = Batch(
         torch.from_numpy(forcing.copy()), torch.from_numpy(planned.source.read_static(whole)[land]), {}
     )
-    with xr.open_zarr(tmp_path / "cube.zarr") as cube:
+    with xr.open_zarr(tmp_path / "cube.zarr", chunks=None) as cube:
+        cube.load()
         for member, checkpoint in enumerate(planned.checkpoints):
             model = checkpoint.build_model()
             with torch.no_grad():
