@@ -26,8 +26,9 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: test
-	$(BIN)/python -m pytest -m slow --ignore tests/faults
+	$(BIN)/python -m pytest -m slow
 
+# the slow fault tests alone
 faults: $(READY)
 	$(BIN)/python -m pytest -m slow tests/faults
 
