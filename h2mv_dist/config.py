@@ -353,6 +353,11 @@ class InferenceSettings(_Settings):
     """Days of a shard, and of one time block in memory."""
     chunk_days: int = Field(120, ge=1)
     """Days of a chunk."""
+    state_days: int | None = Field(None, ge=1)
+    """Keep the models' states every so many days, a multiple of ``shard_days``: ``infer --from`` can go back
+    to them, and a tile that is interrupted goes on from them. Only at the end if left out."""
+    keep_states: int = Field(40, ge=1)
+    """Ends of a growing cube whose states are kept, the newest ones."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
     attempts: int = Field(3, ge=1)
@@ -374,10 +379,12 @@ class InferenceSettings(_Settings):
     @model_validator(mode="after")
     def _shards_hold_whole_chunks(self) -> Self:
         pairs = [("shard_days", self.shard_days, self.chunk_days)]
+        pairs += [] if self.state_days is None else [("state_days", self.state_days, self.shard_days)]
         pairs += [("shard", s, c) for s, c in zip(self.shard, self.chunk, strict=True)]
         for name, outer, inner in pairs:
             if outer % inner:
-                raise ValueError(f"{name} ({outer}) must be a multiple of its chunk ({inner})")
+                what = "shard_days" if name == "state_days" else "its chunk"
+                raise ValueError(f"{name} ({outer}) must be a multiple of {what} ({inner})")
         return self
 
 

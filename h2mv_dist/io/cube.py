@@ -8,7 +8,8 @@ NAME_spread their standard deviation. Float32, NaN over sea and where nothing wa
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from math import prod
 from types import MappingProxyType
 from typing import Final
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from h2mv_dist.config import canonical_json
 from h2mv_dist.errors import ConfigError, describe
-from h2mv_dist.grid import FloatArray, Grid, Period, Tile, cell_bounds
+from h2mv_dist.grid import FloatArray, Grid, Period, Tile, as_date, cell_bounds
 from h2mv_dist.variables import Variable, variable
 
 FINGERPRINT: Final = "h2mv_dist_fingerprint"
@@ -27,8 +28,29 @@ FINGERPRINT: Final = "h2mv_dist_fingerprint"
 LAYOUT: Final = "h2mv_dist_layout"
 """Root attribute that holds everything that decides which bytes a unit writes and where, as JSON."""
 
-PLACES: Final = ("data_url", "training_job")
-"""Root attributes that say where a cube's inputs were; the same inputs may lie elsewhere on another day."""
+PERIOD: Final = "h2mv_dist_period"
+"""Root attribute: the days a reader sees."""
+
+COMPLETE: Final = "h2mv_dist_complete"
+"""Root attribute: whether all of these days are there, "yes" or "no"."""
+
+ROLLBACKS: Final = "h2mv_dist_rollbacks"
+"""Root attribute: days from which the cube was computed anew, as JSON."""
+
+CONSTANTS: Final = "h2mv_dist_constants_sha256"
+"""Root attribute: checksum of the constants, which belong to no tile."""
+
+_COVERAGE: Final = ("time_coverage_start", "time_coverage_end")
+"""First and last day of a complete cube (Attribute Convention for Data Discovery)."""
+
+PROGRESS: Final = (PERIOD, COMPLETE, ROLLBACKS, CONSTANTS, *_COVERAGE)
+"""Root attributes that change while a cube grows."""
+
+HORIZON_DAYS: Final = 36_525
+"""The time axis is stored for a multiple of so many days, so that no append rewrites what a reader reads."""
+
+RECORDED: Final = ("data_url", "training_job", "settings", "versions")
+"""Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
 
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
@@ -71,7 +93,7 @@ class CubeLayout:
         tile: cells of a tile along each spatial axis; a multiple of the shard.
         chunk_days: days of a chunk.
         shard_days: days of a shard; a multiple of the chunk's.
-        attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`PLACES`, nothing
+        attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`RECORDED`, nothing
             that differs between runs.
     """
 
@@ -167,21 +189,58 @@ def _check_multiples(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a cube is.
+
+    Attributes:
+        period: days a reader sees.
+        complete: whether all of them are there; once they are, always.
+        rollbacks: days from which the cube was computed anew, in order.
+        constants: SHA-256 of the constants, from the sink; empty until they are written.
+    """
+
+    period: Period
+    complete: bool = False
+    rollbacks: tuple[date, ...] = ()
+    constants: str = ""
+
+    def attributes(self) -> dict[str, str]:
+        """Those of the root that say so."""
+        first, last = self.period.start, as_date(self.period.first + self.period.n_days - 1)
+        coverage = dict(zip(_COVERAGE, (str(first), str(last)), strict=True)) if self.complete else {}
+        return {
+            PERIOD: str(self.period),
+            COMPLETE: "yes" if self.complete else "no",
+            ROLLBACKS: canonical_json([str(day) for day in self.rollbacks]),
+            CONSTANTS: self.constants,
+            **coverage,
+        }
+
+    @staticmethod
+    def of(attributes: Mapping[str, str]) -> "Progress":
+        """Inverse of :meth:`attributes`."""
+        rollbacks = tuple(date.fromisoformat(day) for day in json.loads(attributes[ROLLBACKS]))
+        return Progress(
+            Period.parse(attributes[PERIOD]), attributes[COMPLETE] == "yes", rollbacks, attributes[CONSTANTS]
+        )
+
+
 def root_attributes(layout: CubeLayout) -> dict[str, str]:
-    """Attributes of a finished cube's root; but for PLACES equal only for cubes made in the same way."""
+    """What never changes in a cube's root; but for RECORDED equal only for cubes made in the same way."""
     return {**_GENERAL, **layout.attributes, LAYOUT: canonical_json(_geometry(layout))}
 
 
 def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
     """Inverse of :func:`root_attributes`; ``grid`` is from the cube's coordinates, and not compared here."""
-    geometry = json.loads(attributes[LAYOUT])
+    geometry, unseen = json.loads(attributes[LAYOUT]), {*_GENERAL, LAYOUT, *PROGRESS}
     return CubeLayout(
         grid=grid,
-        period=Period.parse(geometry["period"]),
+        period=Progress.of(attributes).period,
         member_axis=geometry["member_axis"],
         chunk_days=geometry["chunk_days"],
         shard_days=geometry["shard_days"],
-        attributes={name: text for name, text in attributes.items() if name not in (*_GENERAL, LAYOUT)},
+        attributes={name: text for name, text in attributes.items() if name not in unseen},
         **{name: tuple(geometry[name]) for name in _LISTS},
     )
 
@@ -195,7 +254,7 @@ def _geometry(layout: CubeLayout) -> dict[str, object]:
         **numbers,
         "dims": list(grid.dims),
         "shape": list(grid.shape),
-        "period": str(layout.period),
+        "start": str(layout.period.start),
         "member_axis": layout.member_axis,
         "chunk_days": layout.chunk_days,
         "shard_days": layout.shard_days,
@@ -219,7 +278,8 @@ class PlannedArray:
         attributes: CF attributes.
         chunks: cells of a chunk along each axis.
         shards: cells of a shard along each axis; None for an array without.
-        values: those of a coordinate; None for an output, which is written tile by tile.
+        values: those of a coordinate, which may go on beyond ``shape``: a later one shows them; None for an
+            output, which is written tile by tile.
     """
 
     name: str
@@ -327,8 +387,9 @@ def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
 
 
 def _time(period: Period) -> Iterator[PlannedArray]:
-    """The first instant of each day, and the bounds [time, 2] of the day."""
-    days = period.days()
+    """The first instant of each day, and the bounds [time, 2] of the day; stored up to the horizon."""
+    n_stored = -(-period.n_days // HORIZON_DAYS) * HORIZON_DAYS
+    days = np.arange(period.first, period.first + n_stored, dtype=np.int64)
     attributes = {
         "standard_name": "time",
         "long_name": "day",
@@ -337,8 +398,14 @@ def _time(period: Period) -> Iterator[PlannedArray]:
         "axis": "T",
         "bounds": "time_bnds",
     }
-    yield _coordinate("time", ("time",), days, attributes)
-    yield _coordinate("time_bnds", ("time", "bnds"), np.stack([days, days + 1], axis=1), {})
+    for name, values, described in (
+        ("time", days, attributes),
+        ("time_bnds", np.stack([days, days + 1], 1), {}),
+    ):
+        axes = ("time", "bnds")[: values.ndim]
+        whole = _coordinate(name, axes, values, described)
+        shape, chunks = (period.n_days, *values.shape[1:]), (HORIZON_DAYS, *values.shape[1:])
+        yield replace(whole, shape=shape, chunks=chunks)
 
 
 def _latitude_and_longitude(grid: Grid) -> Iterator[PlannedArray]:

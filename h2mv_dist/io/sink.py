@@ -5,8 +5,8 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
@@ -20,7 +20,7 @@ from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import ONE_OWNER, CubeLayout
 from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import displayed, explained, open_store
-from h2mv_dist.spec import Float32Array
+from h2mv_dist.spec import Budget, Float32Array
 
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
@@ -123,18 +123,24 @@ class StoredValues:
         region = _region(self.layout, tile, period)
         names = (array_name for name in region.names for array_name in self.layout.arrays_of(name))
         with explained(self.url, self.options):
-            return _checksum(_read(self.arrays[name], region, self.url) for name in names)
+            return _checksum(_read(self.arrays[name], region.where, self.url) for name in names)
 
-    def tile_checksum(self, tile: Tile) -> str:
-        """What the receipt of a tile should say: its static variables, then its time blocks."""
-        blocks = self.layout.period.blocks(self.layout.shard_days)
-        parts = [self.checksum(tile=tile), *(self.checksum(tile=tile, period=block) for block in blocks)]
-        return unit_checksum(parts)
+    def budget_residual(self, tile: Tile, period: Period, budget: Budget) -> float:
+        """Largest gap of the budget on the days of a period, over members and land cells, mm.
 
+        The cube's first day has none before it, and is left out.
 
-def unit_checksum(checksums: Iterable[str]) -> str:
-    """What the receipt of a unit says: SHA-256 over the checksums of its writes, in their order."""
-    return hashlib.sha256("".join(checksums).encode()).hexdigest()
+        Raises:
+            DamagedError: what is stored does not match its own checksums.
+            StoreError: it cannot be read.
+        """
+        first = period.first - self.layout.period.first
+        days = slice(max(first - 1, 0), first + period.n_days)
+        members = (slice(None),) if self.layout.member_axis else ()
+        land = self.layout.grid.mask[tile.slices]
+        with explained(self.url, self.options):
+            parts = {n: _read(self.arrays[n], (*members, days, *tile.slices), self.url) for n in budget.terms}
+        return budget.residual({n: np.asarray(p[..., land], np.float64) for n, p in parts.items()})
 
 
 class DamagedError(StoreError):
@@ -205,26 +211,37 @@ def _checksum(blocks: Iterable[Float32Array]) -> str:
     return digest.hexdigest()
 
 
-def _read(array: ZarrArray, region: _Region, url: str) -> Float32Array:
+def _read(array: ZarrArray, where: tuple[slice, ...], url: str) -> Float32Array:
     try:
-        return np.asarray(array[region.where], np.float32)
+        return np.asarray(array[where], np.float32)
     # What zarr raises where the CRC-32C of a chunk or of a shard's index does not match.
     except ValueError as error:
         raise DamagedError(
             describe(
                 "stored values are damaged",
-                where=f"{displayed(url)}, array {array.name}, {region.where}",
+                where=f"{displayed(url)}, array {array.name}, {where}",
                 expected="chunks that match their checksums",
                 actual=str(error),
-                fix="delete the receipt of this tile and run again: the tile is then written anew",
+                fix="h2mv-dist verify-cube --repair writes what is damaged anew",
             )
         ) from error
 
 
 def _opened(store: Store, layout: CubeLayout, names: Iterable[str]) -> dict[str, ZarrArray]:
-    """The arrays of these variables, in the order of the layout."""
+    """The arrays of these variables, in the order of the layout, and as long as the layout says.
+
+    Days that are appended are written before readers are shown them.
+    """
     found = (array_name for name in names for array_name in layout.arrays_of(name))
-    return {name: zarr.open_array(store, path=name, mode="r" if store.read_only else "r+") for name in found}
+    mode: Literal["r", "r+"] = "r" if store.read_only else "r+"
+    return {name: _as_long(zarr.open_array(store, path=name, mode=mode), layout) for name in found}
+
+
+def _as_long(array: ZarrArray, layout: CubeLayout) -> ZarrArray:
+    metadata = array.async_array.metadata
+    axes = zip(metadata.dimension_names or (), metadata.shape, strict=True)
+    shape = tuple(layout.period.n_days if axis == "time" else size for axis, size in axes)
+    return zarr.Array(zarr.AsyncArray(replace(metadata, shape=shape), array.store_path))
 
 
 def _check_tile(layout: CubeLayout, tile: Tile) -> None:

@@ -167,6 +167,24 @@ class Source:
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
 
+    def identity(self) -> str:
+        """SHA-256 of what the data are; the same while forcing merely grows, or is replaced.
+
+        Forcing counts with its names, units and axes but not with its values; static features with their
+        objects, the mask with its values.
+        """
+        static = self.arrays.static
+        contents = [content_fingerprint(h.url, h.options, h.paths) for h in static]
+        grid = (self.grid.lat, self.grid.lon, self.grid.mask.astype(np.float64))
+        meaning = {
+            "columns": [self.forcing, self.static],
+            "conversions": [list(handle.conversion) for handle in (*self.arrays.forcing, *static)],
+            "grid": [
+                hashlib.sha256(np.ascontiguousarray(axis, "<f8").tobytes()).hexdigest() for axis in grid
+            ],
+        }
+        return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
+
     @cached_property
     def cache_key(self) -> str:
         """Name of the folder the cells are staged in; the objects are listed once to find it."""
