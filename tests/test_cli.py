@@ -75,7 +75,9 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
     assert run("verify", str(tmp_path / "cut.npz")).returncode == 2
 
 
-@pytest.mark.parametrize("command", ["world", "train", "infer", "settings", "verify", "demo", "cluster"])
+@pytest.mark.parametrize(
+    "command", ["world", "train", "infer", "settings", "verify", "verify-cube", "demo", "cluster"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
@@ -102,12 +104,12 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
     """What the commands would plan: settings, and the job folder or store."""
     seen: list[tuple[Settings, str]] = []
 
-    def plan(settings: Settings, folder: str, options: StorageOptions) -> None:
+    def plan(settings: Settings, folder: str, options: StorageOptions, **_: object) -> None:
         seen.append((settings, folder))
         raise PlannedError
 
     monkeypatch.setattr("h2mv_dist.jobs.training.plan_training", plan)
-    monkeypatch.setattr("h2mv_dist.jobs.inference.plan_inference", plan)
+    monkeypatch.setattr("h2mv_dist.jobs.cube_plan.plan_inference", plan)
     return seen
 
 

@@ -238,8 +238,8 @@ def _references(
         return baseline, None if recorded == _NO_SPINUP else Period.parse(recorded)
     if days == 0:
         return baseline, None
-    length = period.n_days if days is None else min(days, available.n_days)
-    return baseline, Period(period.start, as_date(period.first + length))
+    spinup = period if days is None else Period(period.start, as_date(period.first + days))
+    return baseline, _within(spinup, available, "inference.spinup_days")
 
 
 def tiles_sharing_no_chunk(planned: CubePlan) -> bool:

@@ -14,6 +14,7 @@ import xarray as xr
 import zarr
 from distributed import Client
 
+from h2mv_dist import cli
 from h2mv_dist.config import Settings
 from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError
 from h2mv_dist.grid import Period
@@ -312,3 +313,61 @@ def test_stretches_end_where_states_are_kept(
         return Period(FIRST.replace(day=first + 1), FIRST.replace(day=stop + 1))
 
     assert list(stretches(planned, days(*gap))) == [days(*part) for part in expected]
+
+
+def test_the_command_line_for_a_timer(
+    client: Client,
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Plan, make, append, check, break and repair a cube, each by its command and exit code."""
+    file, cube = tmp_path / "settings.toml", tmp_path / "cube.zarr"
+    model = "hidden = 8\nencoder = 12\ncondensed = 4\n"
+    lists = "".join(f"{name} = {DAILY[name]}\n" for name in ("tile", "shard", "chunk"))
+    file.write_text(
+        f'[data]\nurl = "{world_url}"\n[model]\n{model}[inference]\n{lists}shard_days = 1\nchunk_days = 1\n'
+        'spinup_days = 2\noutputs = ["runoff", "baseflow_recession"]\n'
+    )
+    address = client.scheduler_info()["address"]
+
+    def run(*words: str, days: int = 3) -> tuple[int, str]:
+        ends = f"data.period={FIRST}..{FIRST.replace(day=days + 1)}"
+        command = [*words, "--set", ends, "--address", address]
+        monkeypatch.setattr("sys.argv", ["h2mv-dist", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        code = ended.value.code
+        return int(code or 0), said.out + said.err
+
+    infer = ("infer", str(file), "--job", job, "--cube", str(cube))
+    code, said = run(*infer, "--plan")
+    assert (code, cube.exists()) == (0, False)
+    for part in ("tiles: 2 of 2", "reads:", "each byte 1.33 times", "in 12 objects", "memory:", "cell-days"):
+        assert part in said
+    assert run(*infer)[0] == 0
+    code, said = run(*infer)
+    assert code == 0
+    assert "nothing to do" in said
+    code, said = run(*infer, "--append")
+    assert code == 75
+    assert "complete until 2001-01-04" in said
+    code, said = run(*infer, "--append", days=4)
+    assert code == 0, said
+    code, said = run(*infer, "--from", "2001-01-04", days=5)
+    assert code == 0
+    assert "computing anew from 2001-01-04" in said
+    code, said = run("verify-cube", str(cube))
+    assert code == 0
+    assert "4 receipts agree" in said
+    next(p for p in (cube / "runoff" / "c" / "4").rglob("*") if p.is_file()).unlink()
+    code, said = run("verify-cube", str(cube))
+    assert code == 1
+    assert "are not those that were written" in said
+    code, said = run("verify-cube", str(cube), "--repair", days=5)
+    assert code == 0, said
+    assert "4 receipts agree" in said.rpartition("finished")[2]

@@ -228,6 +228,7 @@ def test_a_worker_refuses_to_make_another_cube_than_the_planned_one(
         ({"folds": [7]}, CheckpointError, r"fold(.|\n)*7(.|\n)*\[0, 1\]"),
         ({"outputs": ["runof"]}, ConfigError, "did you mean 'runoff'"),
         ({"period": "2000-01-01..2001-06-01"}, ConfigError, "inference.period"),
+        ({"spinup_days": 400}, ConfigError, r"inference.spinup_days(.|\n)*longer forcing"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
