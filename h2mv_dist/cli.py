@@ -207,6 +207,31 @@ def export(
         console.print(f"wrote {count} folds; look with: tensorboard --logdir {tensorboard}", soft_wrap=True)
 
 
+@app.command()
+def extract(
+    cube: Annotated[str, typer.Argument(help="Cube to read (URL).", callback=_place)],
+    file: Annotated[Path, typer.Argument(help="NetCDF file to write; must not exist.")],
+    variable: Annotated[
+        list[str] | None, typer.Option("--variable", "-v", help="Variable; all if left out. Can be repeated.")
+    ] = None,
+    period: Annotated[str | None, typer.Option(help="Days, START..END without END; all if left out.")] = None,
+    box: Annotated[
+        tuple[float, float, float, float] | None,
+        typer.Option(help="South, north, west, east, degrees; everywhere if left out."),
+    ] = None,
+) -> None:
+    """Write part of a cube as one NetCDF file."""
+    from h2mv_dist.grid import Period
+    from h2mv_dist.io.netcdf import select, write_netcdf
+    from h2mv_dist.jobs.cluster import known_options
+
+    days = None if period is None else Period.parse(period)
+    options = known_options(StorageOptions())
+    part = select(cube, options, variables=tuple(variable or ()), period=days, box=box)
+    write_netcdf(part, file)
+    console.print(f"wrote {file}: {dict(part.sizes)}", soft_wrap=True, markup=False)
+
+
 @app.command("settings")
 def print_settings() -> None:
     """Print every setting with its default, to start a file: h2mv-dist settings > settings.toml."""

@@ -12,9 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from h2mv_dist.config import StorageOptions, canonical_json
@@ -25,15 +23,11 @@ from h2mv_dist.io.cube_store import publish
 from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
-from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
+from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of
 from h2mv_dist.jobs.tasks import Message, report
-from h2mv_dist.model.base import Batch, Result, State
+from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
-from h2mv_dist.spec import Float32Array, ModelSpec
-
-_REFERENCE = "reference/"
-_STATE = "state/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +114,7 @@ def _constants(context: TileContext) -> str:
     known = plan.progress.constants if plan.progress else ""
     if known or not plan.layout.constants:
         return known
-    no_cells = Batch(torch.zeros(0, 1, len(plan.source.forcing)), torch.zeros(0, len(plan.source.static)), {})
-    results: list[Result] = []
-    ensemble = context.ensemble
-    ensemble.run(no_cells, ensemble.initial_state(0), lambda _, result: results.append(result))
-    values = {n: np.stack([r.constants[n].cpu().numpy() for r in results]) for n in plan.layout.constants}
+    values = constants_of(context.ensemble, plan.source, plan.layout.constants)
     return context.cube.write_constants(values)
 
 
@@ -159,159 +149,48 @@ def compute_tile(context: TileContext, tile: Tile) -> None:
     """Compute and write every output of a tile, over the days that no receipt of it covers."""
     covered = context.ledger.covered(tile.name).get(tile.name, ())
     run = _TileRun(context, tile)
-    carried: _Carried | None = None
+    carried: Carried | None = None
     for gap in gaps(covered, context.plan.layout.period):
         carried = run.fill(gap, run.carried_to(gap.start, carried))
 
 
-class _Carried(NamedTuple):
-    """What is remembered when a day begins.
-
-    Attributes:
-        day: that day.
-        state: of all members, stacked.
-        references: daily output -> what its anomalies refer to, [member, cell].
-    """
-
-    day: date
-    state: State
-    references: Mapping[str, torch.Tensor]
-
-    def arrays(self, names: Sequence[str]) -> dict[str, Float32Array]:
-        """For a snapshot, each [member, cell, ...]."""
-        parts = {_STATE + name: part for name, part in zip(names, self.state, strict=True)}
-        parts |= {_REFERENCE + name: mean for name, mean in self.references.items()}
-        return {name: part.cpu().numpy() for name, part in parts.items()}
-
-    @staticmethod
-    def of(
-        day: date, arrays: Mapping[str, Float32Array], names: Sequence[str], device: torch.device
-    ) -> "_Carried":
-        """Inverse of :meth:`arrays`."""
-        parts = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        means = {n.removeprefix(_REFERENCE): p for n, p in parts.items() if n.startswith(_REFERENCE)}
-        return _Carried(day, tuple(parts[_STATE + name] for name in names), means)
-
-
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """Outputs of all members for one block: daily [member, time, cell], static [member, cell].
-
-    Attributes:
-        residual: largest gap of the water budget, mm; None for a model without one.
-    """
-
-    daily: Mapping[str, Float32Array]
-    static: Mapping[str, Float32Array]
-    residual: float | None
-
-    def n_missing(self) -> int:
-        """Values that are not finite."""
-        return sum(int((~np.isfinite(values)).sum()) for values in self.daily.values())
-
-
 class _TileRun:
-    """All members over the same forcing, each with its own state."""
+    """Fills a tile of a cube with what its members compute."""
 
     def __init__(self, context: TileContext, tile: Tile) -> None:
-        self.context, self.plan, self.tile = context, context.plan, tile
-        self.ensemble = context.ensemble
-        self.layout = context.plan.layout
-        land = self.plan.source.grid.mask[tile.slices]
-        self.static = torch.from_numpy(self.plan.source.read_static(tile)[land])
-        self.forcing: TileForcing | None = None
+        plan, layout = context.plan, context.plan.layout
+        self.context, self.tile = context, tile
+        days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
+        outputs = (*layout.daily, *layout.static)
+        self.simulation = TileSimulation(plan.source, plan.spec, context.ensemble, tile, days, outputs)
 
-    def carried_to(self, day: date, carried: _Carried | None) -> _Carried:
+    def carried_to(self, day: date, carried: Carried | None) -> Carried:
         """What is remembered when ``day`` begins: carried over or kept, else worked out without writing."""
         if carried is None or carried.day != day:
             carried = self._latest(day)
-        if carried.day == day:
-            return carried
-        state = carried.state
-        for _, batch in self.blocks(Period(carried.day, day)):
-            state = self.ensemble.run(batch, state, _nothing)
-        return carried._replace(day=day, state=state)
+        return self.simulation.advance(carried, day)
 
-    def _latest(self, day: date) -> _Carried:
-        usable = [kept for kept in self.context.snapshots.days(self.tile.name) if kept <= day]
+    def _latest(self, day: date) -> Carried:
+        snapshots = self.context.snapshots
+        usable = [kept for kept in snapshots.days(self.tile.name) if kept <= day]
         if not usable:
-            return self._start()
-        arrays = self.context.snapshots.load(self.tile.name, usable[-1])
-        return _Carried.of(usable[-1], arrays, self.plan.spec.state, self.ensemble.device)
+            return self.simulation.start()
+        arrays = snapshots.load(self.tile.name, usable[-1])
+        return Carried.of(usable[-1], arrays, self.context.plan.spec.state, self.context.ensemble.device)
 
-    def _start(self) -> _Carried:
-        """After the spin-up, from empty stores."""
-        state = self.ensemble.initial_state(self.static.shape[0])
-        for _, batch in self.blocks(self.plan.spinup) if self.plan.spinup is not None else ():
-            state = self.ensemble.run(batch, state, _nothing)
-        return _Carried(self.layout.period.start, state, self._baseline_means(state))
-
-    def _baseline_means(self, state: State) -> dict[str, torch.Tensor]:
-        """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
-
-        Costs one more run up to the baseline's end, and no memory that grows with the period.
-        """
-        plan, baseline = self.plan, self.plan.baseline
-        wanted = {n: s for n, s in plan.spec.anomalies.items() if n in self.layout.daily}
-        if not wanted:
-            return {}
-        shape, device = (len(self.ensemble.models), self.static.shape[0]), self.ensemble.device
-        sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in wanted}
-        for block, batch in self.blocks(Period(self.layout.period.start, baseline.stop)):
-            inside = torch.from_numpy(np.isin(block.days(), baseline.days())).to(device)
-
-            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
-                for name, store in wanted.items():
-                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
-
-            state = self.ensemble.run(batch, state, add)
-        return {name: (s / baseline.n_days).float() for name, s in sums.items()}
-
-    def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
-        """Days of the source, block by block; a pass from where one began before may find them in memory."""
-        if self.forcing is None or not self.forcing.begins(period):
-            whole = Period(period.start, max(period.stop, self.layout.period.stop))
-            self.forcing = TileForcing(self.plan.source, self.tile, whole, self.layout.shard_days)
-        forcing = self.forcing.blocks(period.n_days)
-        for block in period.blocks(self.layout.shard_days):
-            yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
-
-    def fill(self, gap: Period, carried: _Carried) -> _Carried:
+    def fill(self, gap: Period, carried: Carried) -> Carried:
         """Compute and write some days, from what is carried to their first one; returns it after the last."""
-        ends = {stretch.stop for stretch in stretches(self.plan, gap)}
+        ends = {stretch.stop for stretch in stretches(self.context.plan, gap)}
         with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
             stretch = _Stretch(self.context, self.tile, gap.start, writer)
-            for block, batch in self.blocks(gap):
-                state, values = self._outputs(batch, carried)
+            for block, batch in self.simulation.blocks(gap):
+                state, values = self.simulation.outputs(batch, carried)
                 carried = carried._replace(day=block.stop, state=state)
                 stretch.write(block, batch, values)
                 if block.stop in ends:
                     stretch.finish(carried)
                     stretch = _Stretch(self.context, self.tile, block.stop, writer)
         return carried
-
-    def _outputs(self, batch: Batch, carried: _Carried) -> tuple[State, _Values]:
-        """Run a block; the state after it, and what goes into the cube."""
-        layout, spec = self.layout, self.plan.spec
-        members = len(self.ensemble.models)
-        daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in layout.daily}
-        static = {n: np.empty((members, batch.n_cells), np.float32) for n in layout.static}
-        residuals: list[float] = []
-
-        def keep(member: int, result: Result) -> None:
-            for name, values in daily.items():
-                found = result.daily[spec.anomalies.get(name, name)]
-                if name in carried.references:
-                    found = found - carried.references[name][member].unsqueeze(1)
-                values[member] = found.T.cpu().numpy()
-            for name, once in static.items():
-                once[member] = result.static[name].cpu().numpy()
-            if spec.budget is not None:
-                before = tuple(part[member] for part in carried.state)
-                residuals.append(_residual(spec, before, result))
-
-        state = self.ensemble.run(batch, carried.state, keep)
-        return state, _Values(daily, static, max(residuals, default=None))
 
 
 class _Stretch:
@@ -324,7 +203,7 @@ class _Stretch:
         self.missing, self.residual = 0, list[float]()
         self.writing: Future[str] | None = None
 
-    def write(self, block: Period, batch: Batch, values: _Values) -> None:
+    def write(self, block: Period, batch: Batch, values: Values) -> None:
         """Hand over a block; returns once the one before is written."""
         self._wait()
         if block.start == self.context.plan.layout.period.start:
@@ -334,7 +213,7 @@ class _Stretch:
         self.missing += values.n_missing()
         self.residual += [] if values.residual is None else [values.residual]
 
-    def finish(self, carried: _Carried) -> None:
+    def finish(self, carried: Carried) -> None:
         """Keep the states, then put the receipt."""
         self._wait()
         layout, tile = self.context.plan.layout, self.tile.name
@@ -372,15 +251,3 @@ def stretches(plan: CubePlan, gap: Period) -> Iterator[Period]:
 def _is_whole(period: Period, day: date, shard_days: int) -> bool:
     """Whether a shard of days ends where ``day`` begins."""
     return (day - period.start).days % shard_days == 0
-
-
-def _residual(spec: ModelSpec, before: State, result: Result) -> float:
-    budget = spec.budget
-    assert budget is not None, "asked for by a model that has one"
-    daily = {name: result.daily[name].T.double().cpu().numpy() for name in budget.terms}
-    parts = [before[spec.state.index(name)].double().cpu().numpy() for name in budget.states]
-    return budget.residual(daily, np.sum(parts, axis=0))
-
-
-def _nothing(_member: int, _result: Result) -> None:
-    """Of a spin-up only the states are kept."""

@@ -1,0 +1,195 @@
+"""Members over the cells of one tile: spin-up, baseline and outputs, block by block; nothing is written.
+
+A tile of a cube and :func:`h2mv_dist.run` use the same code. Outputs are [member, time, cell].
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io.source import Source
+from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.model.base import Batch, Result, State
+from h2mv_dist.model.ensemble import Ensemble
+from h2mv_dist.spec import Float32Array, ModelSpec
+
+_REFERENCE: Final = "reference/"
+_STATE: Final = "state/"
+
+
+class Carried(NamedTuple):
+    """What is remembered when a day begins.
+
+    Attributes:
+        day: that day.
+        state: of all members, stacked.
+        references: daily output -> what its anomalies refer to, [member, cell].
+    """
+
+    day: date
+    state: State
+    references: Mapping[str, torch.Tensor]
+
+    def arrays(self, names: Sequence[str]) -> dict[str, Float32Array]:
+        """For a snapshot, each [member, cell, ...]."""
+        parts = {_STATE + name: part for name, part in zip(names, self.state, strict=True)}
+        parts |= {_REFERENCE + name: mean for name, mean in self.references.items()}
+        return {name: part.cpu().numpy() for name, part in parts.items()}
+
+    @staticmethod
+    def of(
+        day: date, arrays: Mapping[str, Float32Array], names: Sequence[str], device: torch.device
+    ) -> "Carried":
+        """Inverse of :meth:`arrays`."""
+        parts = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        means = {n.removeprefix(_REFERENCE): p for n, p in parts.items() if n.startswith(_REFERENCE)}
+        return Carried(day, tuple(parts[_STATE + name] for name in names), means)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Outputs of all members for one block.
+
+    Attributes:
+        daily: output -> [member, time, cell].
+        static: output -> [member, cell].
+        residual: largest gap of the model's budget, mm; None for a model without one.
+    """
+
+    daily: Mapping[str, Float32Array]
+    static: Mapping[str, Float32Array]
+    residual: float | None
+
+    def n_missing(self) -> int:
+        """Daily values that are not finite."""
+        return sum(int((~np.isfinite(values)).sum()) for values in self.daily.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Days:
+    """Which days are simulated, and what they refer to.
+
+    Attributes:
+        period: days of the outputs.
+        block: days that are computed at once.
+        baseline: days whose mean anomalies refer to.
+        spinup: days run first, from the period's first one on; None for no spin-up.
+    """
+
+    period: Period
+    block: int
+    baseline: Period
+    spinup: Period | None
+
+
+class TileSimulation:
+    """All members over the same forcing, each with its own state."""
+
+    def __init__(
+        self,
+        source: Source,
+        spec: ModelSpec,
+        ensemble: Ensemble,
+        tile: Tile,
+        days: Days,
+        outputs: Sequence[str],
+    ) -> None:
+        self.source, self.spec, self.ensemble, self.tile, self.days = source, spec, ensemble, tile, days
+        self.daily = [name for name in outputs if name in spec.daily or name in spec.anomalies]
+        self.once = [name for name in outputs if name in spec.static]
+        land = source.grid.mask[tile.slices]
+        self.static = torch.from_numpy(source.read_static(tile)[land])
+        self.forcing: TileForcing | None = None
+
+    def start(self) -> Carried:
+        """After the spin-up, from empty stores."""
+        state = self.ensemble.initial_state(self.static.shape[0])
+        for _, batch in self.blocks(self.days.spinup) if self.days.spinup is not None else ():
+            state = self.ensemble.run(batch, state, _nothing)
+        return Carried(self.days.period.start, state, self._baseline_means(state))
+
+    def advance(self, carried: Carried, day: date) -> Carried:
+        """Go on until ``day`` begins, without outputs."""
+        if carried.day == day:
+            return carried
+        state = carried.state
+        for _, batch in self.blocks(Period(carried.day, day)):
+            state = self.ensemble.run(batch, state, _nothing)
+        return carried._replace(day=day, state=state)
+
+    def _baseline_means(self, state: State) -> dict[str, torch.Tensor]:
+        """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
+
+        Costs one more run up to the baseline's end, and no memory that grows with the period.
+        """
+        baseline = self.days.baseline
+        wanted = {n: s for n, s in self.spec.anomalies.items() if n in self.daily}
+        if not wanted:
+            return {}
+        shape, device = (len(self.ensemble.models), self.static.shape[0]), self.ensemble.device
+        sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in wanted}
+        for block, batch in self.blocks(Period(self.days.period.start, baseline.stop)):
+            inside = torch.from_numpy(np.isin(block.days(), baseline.days())).to(device)
+
+            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
+                for name, store in wanted.items():
+                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
+
+            state = self.ensemble.run(batch, state, add)
+        return {name: (s / baseline.n_days).float() for name, s in sums.items()}
+
+    def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
+        """Days of the source, block by block; a pass from where one began before may find them in memory."""
+        if self.forcing is None or not self.forcing.begins(period):
+            whole = Period(period.start, max(period.stop, self.days.period.stop))
+            self.forcing = TileForcing(self.source, self.tile, whole, self.days.block)
+        forcing = self.forcing.blocks(period.n_days)
+        for block in period.blocks(self.days.block):
+            yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
+
+    def outputs(self, batch: Batch, carried: Carried) -> tuple[State, Values]:
+        """Run a block; the state after it, and its outputs."""
+        members = len(self.ensemble.models)
+        daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in self.daily}
+        static = {n: np.empty((members, batch.n_cells), np.float32) for n in self.once}
+        residuals: list[float] = []
+
+        def keep(member: int, result: Result) -> None:
+            for name, values in daily.items():
+                found = result.daily[self.spec.anomalies.get(name, name)]
+                if name in carried.references:
+                    found = found - carried.references[name][member].unsqueeze(1)
+                values[member] = found.T.cpu().numpy()
+            for name, once in static.items():
+                once[member] = result.static[name].cpu().numpy()
+            if self.spec.budget is not None:
+                before = tuple(part[member] for part in carried.state)
+                residuals.append(_residual(self.spec, before, result))
+
+        state = self.ensemble.run(batch, carried.state, keep)
+        return state, Values(daily, static, max(residuals, default=None))
+
+
+def constants_of(ensemble: Ensemble, source: Source, names: Sequence[str]) -> dict[str, Float32Array]:
+    """Outputs without axes, each [member]."""
+    no_cells = Batch(torch.zeros(0, 1, len(source.forcing)), torch.zeros(0, len(source.static)), {})
+    results: list[Result] = []
+    ensemble.run(no_cells, ensemble.initial_state(0), lambda _, result: results.append(result))
+    return {name: np.stack([r.constants[name].cpu().numpy() for r in results]) for name in names}
+
+
+def _residual(spec: ModelSpec, before: State, result: Result) -> float:
+    budget = spec.budget
+    assert budget is not None, "asked for by a model that has one"
+    daily = {name: result.daily[name].T.double().cpu().numpy() for name in budget.terms}
+    parts = [before[spec.state.index(name)].double().cpu().numpy() for name in budget.states]
+    return budget.residual(daily, np.sum(parts, axis=0))
+
+
+def _nothing(_member: int, _result: Result) -> None:
+    """Of a spin-up only the states are kept."""
