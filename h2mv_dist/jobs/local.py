@@ -13,6 +13,7 @@ from h2mv_dist.grid import EARTH_RADIUS_M, Grid, Period, Tile
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import get_object
 from h2mv_dist.jobs.cluster import known_options
+from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import Days, TileSimulation, Values, constants_of
 from h2mv_dist.model.checkpoint import Checkpoint
 from h2mv_dist.model.ensemble import Ensemble
@@ -38,7 +39,8 @@ def run(
     """Run trained models over a box or some cells, in this process; the same code as a cube's tile.
 
     Args:
-        checkpoint: path or URL of a fold's checkpoint (``*.safetensors``), or several of them.
+        checkpoint: path or URL of a training job, whose best models of all folds are run, or of one fold's
+            checkpoint (``*.safetensors``), or several of them.
         data: path or URL of a data set in the published layout, or what a settings file says in ``[data]``.
         box: (south, north, west, east), degrees as the data have them: cells whose centres lie inside.
         cells: (latitude, longitude) of each cell, degrees: the cells with the nearest centres.
@@ -79,7 +81,7 @@ def run(
 
 
 def _members(urls: Sequence[str], options: StorageOptions) -> list[Checkpoint]:
-    members = [Checkpoint.from_bytes(get_object(url, options), url) for url in urls]
+    members = [member for url in urls for member in _read(url, options)]
     if len({(m.model.model_dump_json(), m.static_names) for m in members}) != 1:
         raise CheckpointError(
             describe(
@@ -91,6 +93,13 @@ def _members(urls: Sequence[str], options: StorageOptions) -> list[Checkpoint]:
             )
         )
     return members
+
+
+def _read(url: str, options: StorageOptions) -> list[Checkpoint]:
+    if url.endswith(".safetensors"):
+        return [Checkpoint.from_bytes(get_object(url, options), url)]
+    job = JobFolder(url, options)
+    return [job.fold(fold).read_checkpoint("best") for fold in job.trained_folds()]
 
 
 def _source(

@@ -39,7 +39,7 @@ def cube(
 
 
 def test_a_box_is_part_of_the_cube(cube: xr.Dataset, world_url: str, job: str) -> None:
-    box = h2mv_dist.run(checkpoints(job), world_url, box=(-30, 40, 0, 60), period=DAYS, spinup_days=40)
+    box = h2mv_dist.run(job, world_url, box=(-30, 40, 0, 60), period=DAYS, spinup_days=40)
     same = cube.sel(lat=box["lat"], lon=box["lon"])
     assert box.sizes == {"member": 2, "time": 60, "lat": 7, "lon": 6}
     np.testing.assert_array_equal(box["member"], cube["member"])
