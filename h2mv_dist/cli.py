@@ -205,9 +205,8 @@ def prepare(
         if handle is not None:
             with watching_tiles(console) as watch:
                 handle.wait(watch)
-    console.print(
-        f"prepared; use it with these settings:\n{_as_data_section(plan.layout.data(to))}", markup=False
-    )
+    section = _as_data_section(plan.layout.data(to))
+    console.print(f"prepared; use it with these settings:\n{section}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
@@ -111,7 +112,9 @@ def stamps_of(found: Found, coordinate: Coordinate) -> NDArray[np.datetime64]:
         )
     reader = xr.coders.CFDatetimeCoder(time_unit="s")
     try:
-        with explained(found.group.url, found.options):
+        with explained(found.group.url, found.options), warnings.catch_warnings():
+            # hours as fractions are never exact to the second, nor do they have to be
+            warnings.filterwarnings("ignore", "Can't decode floating point", xr.SerializationWarning)
             decoded = xr.conventions.decode_cf_variable("time", coordinate.array, decode_times=reader)
             stamps: NDArray[np.datetime64] = decoded.to_numpy()
     except (ValueError, OverflowError) as error:

@@ -26,8 +26,6 @@ from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.tasks import Message, report
-from h2mv_dist.jobs.training import job_id
-from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import Float32Array
 
 _OFTEN: Final = 1.2
@@ -69,7 +67,14 @@ def plan_prepare(settings: Settings, options: StorageOptions) -> PreparePlan:
     Raises:
         H2mvError: anything that does not fit together.
     """
-    forcing, cut = model_kind(settings.model.name).spec.forcing, settings.prepare
+    # not at the top: workers, which are told the names, do without torch and its memory
+    from h2mv_dist.model.registry import model_kind
+
+    return _plan(settings, model_kind(settings.model.name).spec.forcing, options)
+
+
+def _plan(settings: Settings, forcing: tuple[str, ...], options: StorageOptions) -> PreparePlan:
+    cut = settings.prepare
     daily = open_daily(settings.data, forcing=forcing, stamps=cut.stamps, options=options)
     identity = {
         "input": contents_of([*(series.handle for series in daily.forcing), *daily.static]),
@@ -101,6 +106,8 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     Raises:
         H2mvError: something else is there, workers are too small, or the job runs already.
     """
+    from h2mv_dist.jobs.training import job_id
+
     settings, store = plan.settings, PreparedStore(to, plan.layout, options)
     require_workers(client, 1, "prepare")
     _require_memory(client, plan)
@@ -113,6 +120,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
         return None
     common = {
         "settings": to_json(settings),
+        "forcing": plan.layout.forcing,
         "to": to,
         "fingerprint": plan.layout.fingerprint,
         "storage_options": options.reveal(),
@@ -174,7 +182,8 @@ def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
     key = canonical_json([message["to"], message["fingerprint"], message["settings"]])
     if key not in _contexts:
         options = StorageOptions(message["storage_options"])
-        plan = plan_prepare(validate(message["settings"], where="job"), options)
+        settings = validate(message["settings"], where="job")
+        plan = _plan(settings, tuple(message["forcing"]), options)
         if plan.layout.fingerprint != message["fingerprint"]:
             raise JobError(
                 describe(
@@ -228,7 +237,7 @@ def _tell_what_is_left_out(plan: PreparePlan) -> None:
     for series in plan.daily.forcing if plan.settings.data.period is None else ():
         if any(series.left_out):
             _log.warning(
-                "%s: %d steps before %s and %d after %s are left out, where days are not whole",
+                "%s: days that are not whole everywhere are left out: %d steps before %s, %d from %s on",
                 *(series.name, series.left_out[0], plan.layout.period.start),
                 *(series.left_out[1], plan.layout.period.stop),
             )
@@ -240,9 +249,9 @@ def _warn_of_split_chunks(plan: PreparePlan) -> None:
         reads = series.chunk_reads(lengths)
         if reads > _OFTEN:
             _log.warning(
-                "%s: a chunk of the input holds %d steps, %d of which are a day, and is read %.1f times on "
-                "average, as stretches of %d days cut it; a prepare.shard_days that it divides would not",
-                *(series.name, series.handle.chunks[0], series.per_day, reads, plan.layout.shard[0]),
+                "%s: chunks of the input, %.3g days each, are cut by stretches of %d days and read %.1f "
+                "times on average; with a prepare.shard_days that is a multiple of their days, once",
+                *(series.name, series.handle.chunks[0] / series.per_day, plan.layout.shard[0], reads),
             )
 
 
