@@ -16,7 +16,7 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
-from h2mv_dist.errors import JobError, describe
+from h2mv_dist.errors import ConfigError, JobError, describe
 from h2mv_dist.grid import Period
 from h2mv_dist.io.daily import DailyInput, Series, open_daily
 from h2mv_dist.io.handles import contents_of
@@ -109,6 +109,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     from h2mv_dist.jobs.training import job_id
 
     settings, store = plan.settings, PreparedStore(to, plan.layout, options)
+    _refuse_input(plan, to)
     require_workers(client, 1, "prepare")
     _require_memory(client, plan)
     _log.info("%s: %s", displayed(to), plan.summary())
@@ -116,7 +117,8 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     _warn_of_split_chunks(plan)
     store.create(overwrite=settings.prepare.overwrite)
     done = store.done()
-    if FINISH in done:
+    names = [str(block) for block in plan.layout.blocks if str(block) not in done]
+    if not names and FINISH in done:
         return None
     common = {
         "settings": to_json(settings),
@@ -126,7 +128,6 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
         "storage_options": options.reveal(),
     }
     attempts = settings.prepare.attempts
-    names = [str(block) for block in plan.layout.blocks if str(block) not in done]
     units = tuple(Unit(name, "prepare", {}, attempts=attempts) for name in names)
     final = Unit(FINISH, "prepare", {}, attempts=attempts)
     return submit(client, Job(id=job_id("prepare", to), common=common, units=units, final=final))
@@ -212,6 +213,12 @@ def _require_receipts(plan: PreparePlan, store: PreparedStore) -> None:
                 fix="do not delete receipts meanwhile; run h2mv-dist prepare again",
             )
         )
+
+
+def _refuse_input(plan: PreparePlan, to: str) -> None:
+    handles = (*(series.handle for series in plan.daily.forcing), *plan.daily.static)
+    if to.rstrip("/") in {handle.url.rstrip("/") for handle in handles}:
+        raise ConfigError(f"{displayed(to)} is the input itself; choose another place with --to")
 
 
 def _require_memory(client: Client, plan: PreparePlan) -> None:

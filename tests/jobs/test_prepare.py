@@ -33,7 +33,7 @@ SMALL = {"shard": [2, 3], "chunk": [2, 3], "shard_days": 30, "chunk_days": 10}
 
 
 def settings_of(url: str, prepare: dict[str, Any] | None = None, **data: Any) -> Settings:
-    return validate({"data": {"url": url, **data}, "prepare": {**SMALL, **(prepare or {})}}, where="test")
+    return validate({"data": {**data, "url": url}, "prepare": {**SMALL, **(prepare or {})}}, where="test")
 
 
 def cf_settings(url: str, prepare: dict[str, Any] | None = None, **data: Any) -> Settings:
@@ -145,7 +145,7 @@ def test_only_what_has_no_receipt_is_done_again(client: Client, world_url: str, 
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards}
     receipts = tmp_path / "to.ledger" / plan.layout.fingerprint
     lost = [str(plan.layout.blocks[i]) for i in (3, 7)]
-    for unit in (*lost, FINISH):
+    for unit in lost:
         (receipts / f"{unit}.json").unlink()
     torn = to / "precipitation" / "c" / "3" / "1" / "1"
     torn.write_bytes(before[torn][1][:-7])
@@ -233,6 +233,19 @@ def test_nothing_that_is_not_ours_is_touched(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match="not a prepared store; nothing was touched"):
                 PreparedStore(str(tmp_path / there), plan.layout, NO_OPTIONS).create(overwrite=overwrite)
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_input_is_not_replaced(client: Client, tmp_path: Path) -> None:
+    to = str(tmp_path / "to")
+    write(Place(str(tmp_path / "data"), NO_OPTIONS), cf())
+    first = plan_prepare(cf_settings(str(tmp_path / "data")), NO_OPTIONS)
+    prepare_here(first, to)
+    data = first.layout.data(to).model_dump(mode="json", exclude={"url"})
+    again = plan_prepare(settings_of(to, {"shard_days": 20, "overwrite": True}, **data), NO_OPTIONS)
+    with pytest.raises(ConfigError, match="is the input itself"):
+        start_prepare(client, again, to + "/", NO_OPTIONS)
+    prepare_here(again, str(tmp_path / "again"))
+    require_same(reopened(again, str(tmp_path / "again")), original(first.settings))
 
 
 def test_receipts_alone_do_not_count(tmp_path: Path) -> None:
