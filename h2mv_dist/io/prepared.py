@@ -57,8 +57,8 @@ _ATTRIBUTES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 )
 _KEPT: Final = ("units", "long_name", "standard_name")
 """Attributes of a static array that still hold."""
-_SHARD_COPIES: Final = 5
-"""Of the shards that are written at once, in chunks, coded and joined; four were measured."""
+_SHARD_COPIES: Final = 4
+"""Of the shards that are written at once, in chunks, coded and joined; three were measured."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

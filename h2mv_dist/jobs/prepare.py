@@ -152,8 +152,8 @@ def prepare_days(plan: PreparePlan, store: PreparedStore, block: Period) -> str:
     first = block.first - plan.layout.period.first
     days, digest = slice(first, first + block.n_days), hashlib.sha256()
     for series in plan.daily.forcing:
-        values = _values(series, days, plan.layout)
-        digest.update(store.write(series.name, block, values).encode())
+        # nothing here may keep the values: there is room for one variable
+        digest.update(store.write(series.name, block, _values(series, days, plan.layout)).encode())
     return digest.hexdigest()
 
 
