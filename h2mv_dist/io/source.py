@@ -19,6 +19,7 @@ from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
 from h2mv_dist.io.handles import Handle, contents_of, whole_chunks
 from h2mv_dist.io.layouts import Arrays, open_arrays
+from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
 from h2mv_dist.spec import Float32Array, Moments, Scaler, moments
 

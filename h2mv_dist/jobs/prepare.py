@@ -78,7 +78,9 @@ def _plan(settings: Settings, forcing: tuple[str, ...], options: StorageOptions)
     daily = open_daily(settings.data, forcing=forcing, stamps=cut.stamps, options=options)
     identity = {
         "input": contents_of([*(series.handle for series in daily.forcing), *daily.static]),
-        "forcing": {s.name: [_how(s), *s.handle.conversion, *s.conversion] for s in daily.forcing},
+        "forcing": {
+            s.name: [_how(s), s.handle.origin, *s.handle.conversion, *s.conversion] for s in daily.forcing
+        },
         "static": [[handle.name, *handle.columns] for handle in daily.static],
         "mask": hashlib.sha256(np.packbits(daily.grid.mask).tobytes()).hexdigest(),
         "period": str(daily.period),
