@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from h2mv_dist.config import (
+    DataSettings,
     Settings,
     StorageOptions,
+    as_toml,
     load,
     load_cluster,
     overridden_options,
@@ -178,6 +180,33 @@ def infer(
         shorter = roll_back(cube, from_.date(), options)
         console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
     _fill(chosen, job, cube, options, append=append or from_ is not None)
+
+
+@app.command()
+def prepare(
+    settings: SettingsFile,
+    to: Annotated[
+        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=_place)
+    ],
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Make forcing daily, in our units and chunked for tiles, once; run again to finish what is missing."""
+    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.jobs.cluster import connect
+    from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
+
+    chosen, options = _settings(settings, set_, address)
+    plan = plan_prepare(chosen, options)
+    console.print(plan.summary(), soft_wrap=True)
+    with connect(chosen.cluster) as client:
+        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        handle = start_prepare(client, plan, to, options)
+        if handle is not None:
+            with watching_tiles(console) as watch:
+                handle.wait(watch)
+    section = _as_data_section(plan.layout.data(to))
+    console.print(f"prepared; use it with these settings:\n{section}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -396,6 +425,13 @@ def _opening(cube: str) -> str:
         return f'xarray.open_zarr("{cube}")'
     options = f"the options of [storage_options.{protocol}], unless your environment has them"
     return f'xarray.open_zarr("{cube}", storage_options={{...}}), with {options}'
+
+
+def _as_data_section(data: DataSettings) -> str:
+    """Settings that open a prepared store."""
+    names = ("url", "layout", "static")
+    lines = (f"{name} = {as_toml(getattr(data, name))}" for name in names)
+    return "\n".join(("[data]", *lines, 'mask = { name = "mask" }'))
 
 
 def _sweep_overrides(sweep: list[str] | None, seeds: int | None) -> list[str]:

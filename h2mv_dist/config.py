@@ -125,6 +125,8 @@ PeriodSetting = Annotated[
 FoldNumbers = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_setting(_require_different))]
 Sizes = tuple[PositiveInt, ...]
 """Cells along each spatial axis."""
+Stamp = Literal["start", "middle", "end"]
+"""Which moment of its interval a time stamp names."""
 
 
 class StorageOptions(Mapping[str, Mapping[str, object]]):
@@ -388,6 +390,37 @@ class InferenceSettings(_Settings):
         return self
 
 
+class PrepareSettings(_Settings):
+    """How ``h2mv-dist prepare`` cuts forcing, and how it makes days of shorter steps."""
+
+    stamps: dict[str, Stamp] = Field(default_factory=dict)
+    """Variable -> moment of its interval that a time stamp names, ``{precipitation = "end"}``: start, middle
+    or end. If left out, CF bounds of the time axis decide; without them it is the start, but amounts (mm, not
+    mm an hour) are refused."""
+    shard: Sizes = (20, 20)
+    """Cells of a shard along each spatial axis; a multiple of the chunk. Best the tile of inference."""
+    chunk: Sizes = (20, 20)
+    """Cells of a chunk along each spatial axis."""
+    shard_days: int = Field(360, ge=1)
+    """Days of a shard; a worker holds so many days of one variable, all cells, in memory."""
+    chunk_days: int = Field(120, ge=1)
+    """Days of a chunk."""
+    attempts: int = Field(3, ge=1)
+    """How often a stretch of days may fail before it counts as failed."""
+    overwrite: bool = False
+    """Replace a prepared store that holds something else."""
+
+    @model_validator(mode="after")
+    def _shards_hold_whole_chunks(self) -> Self:
+        pairs = [(self.shard_days, self.chunk_days), *zip(self.shard, self.chunk, strict=False)]
+        if len(self.shard) != len(self.chunk) or any(outer % inner for outer, inner in pairs):
+            raise ValueError(
+                f"shard ({list(self.shard)}, {self.shard_days} days) must be a multiple of chunk "
+                f"({list(self.chunk)}, {self.chunk_days} days) along each axis"
+            )
+        return self
+
+
 _BYTES: Final = r"[\d.]+ ?[kKMGTP]?i?B?"
 
 
@@ -487,6 +520,7 @@ class Settings(_Settings):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     inference: InferenceSettings = InferenceSettings()
+    prepare: PrepareSettings = PrepareSettings()
     cluster: ClusterSettings = ClusterSettings()
     sweep: SweepSettings = SweepSettings()
 

@@ -76,13 +76,13 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["world", "train", "infer", "settings", "verify", "verify-cube", "demo", "cluster"]
+    "command", ["world", "prepare", "train", "infer", "settings", "verify", "verify-cube", "demo", "cluster"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
-    if command in ("train", "infer"):
+    if command in ("prepare", "train", "infer"):
         assert "h2mv-dist settings" in " ".join(done.stdout.split())
 
 

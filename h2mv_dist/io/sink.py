@@ -10,16 +10,14 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.abc.store import Store
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import ONE_OWNER, CubeLayout
 from h2mv_dist.io.cube_store import require_cube
-from h2mv_dist.io.stores import displayed, explained, open_store
+from h2mv_dist.io.stores import displayed, explained, open_store, without_read_back
 from h2mv_dist.spec import Budget, Float32Array
 
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
@@ -49,7 +47,7 @@ class Sink:
         """A sink over an open store; ``url`` and ``options`` only serve to explain its failures."""
         names = (*layout.daily, *layout.static, *layout.constants)
         with explained(url, options):
-            return Sink(layout, _opened(_NoReadBack(store), layout, names), url, options)
+            return Sink(layout, _opened(without_read_back(store), layout, names), url, options)
 
     def write(self, tile: Tile, period: Period, values: Mapping[str, Float32Array]) -> str:
         """Write all daily variables of one tile and time block.
@@ -145,19 +143,6 @@ class StoredValues:
 
 class DamagedError(StoreError):
     """Stored values do not match their own checksums."""
-
-
-class _NoReadBack(WrapperStore[Store]):
-    """Answers every read of array data with "not there".
-
-    zarr 3.1 merges each write with the shard that is stored, even when the write covers all of it: a useless
-    request, and a torn shard would stop its own replacement.
-    """
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
 
 
 class _Region(NamedTuple):

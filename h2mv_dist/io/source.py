@@ -17,7 +17,7 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.handles import Handle, whole_chunks
+from h2mv_dist.io.handles import Handle, contents_of, whole_chunks
 from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
@@ -154,11 +154,7 @@ class Source:
             *self.arrays.static,
             *(t.handle for t in self.arrays.targets.values()),
         ]
-        places: dict[str, set[str]] = {}
-        for handle in handles:
-            places.setdefault(handle.url, set()).update(handle.paths)
-        options = handles[0].options
-        contents = [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+        contents = contents_of(handles)
         meaning = {
             "period": str(self.period),
             "columns": [self.forcing, self.static, tuple(self.targets)],
