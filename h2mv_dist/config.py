@@ -337,14 +337,20 @@ class InferenceSettings(_Settings):
     """Days to simulate, written as ``data.period``; all days of the forcing if left out."""
     outputs: tuple[str, ...] | None = None
     """Variables to write; all if left out."""
-    members: Literal["spread", "all"] = "spread"
-    """``spread``: mean and standard deviation over folds; ``all``: a member axis."""
+    members: Literal["spread", "all", "both"] = "spread"
+    """``spread``: mean and standard deviation over folds; ``all``: a member axis; ``both``."""
+    rounding: Literal["none", "fluxes", "all"] = "none"
+    """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better;
+    ``fluxes``: all but stores."""
     folds: FoldNumbers | None = None
     """Folds to run; every trained one if left out."""
     spinup_days: int | None = Field(None, ge=0)
     """Days run to fill the stores, from the period's start; the whole period if left out."""
     baseline: PeriodSetting | None = None
     """Days whose mean anomalies refer to; the whole period if left out."""
+    preset: Literal["series", "maps"] = "series"
+    """What chunks are for, where they are not set: ``series``: small boxes over many days; ``maps``: whole
+    shards of single days."""
     tile: Sizes = (20, 20)
     """Cells of a tile along each spatial axis; a multiple of the shard."""
     shard: Sizes = (20, 20)
@@ -366,6 +372,14 @@ class InferenceSettings(_Settings):
     """How often a tile may fail before it counts as failed."""
     overwrite: bool = False
     """Replace an existing cube that holds something else."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chunks_of_maps(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("preset") != "maps":
+            return given
+        whole = given.get("shard", cls.model_fields["shard"].default)
+        return {"chunk": whole, "chunk_days": 1, **given}
 
     @model_validator(mode="after")
     def _sizes_have_the_same_axes(self) -> Self:

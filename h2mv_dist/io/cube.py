@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from math import prod
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +52,19 @@ HORIZON_DAYS: Final = 36_525
 RECORDED: Final = ("data_url", "training_job", "settings", "versions")
 """Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
 
+MembersAs = Literal["spread", "all", "both"]
+Form = Literal["members", "mean", "spread"]
+
+KEPT_BITS: Final = 12
+"""Bits of the mantissa of rounded values: relative errors are at most 2**-13."""
+
+MEAN: Final = "_mean"
+"""Suffix of the arrays that hold the mean over folds beside every member."""
+
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
 
-_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile")
+_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "rounded")
 """What a layout has several of."""
 
 ONE_OWNER: Final = "two writers in one shard lose data without any error"
@@ -71,7 +80,13 @@ _GENERAL: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Root attributes of every cube."""
 
-_ONLY_OF_THE_MEAN: Final = ("standard_name", "ancillary_variables")
+_SPREAD_COMMENT: Final = (
+    "Population standard deviation over models trained on different folds. It shows how much they disagree; "
+    "errors they share do not show."
+)
+_ROUNDED_COMMENT: Final = (
+    f"Rounded to {KEPT_BITS} bits of the mantissa: relative errors up to 2**-{KEPT_BITS + 1}."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +102,9 @@ class CubeLayout:
         static: variables [*space].
         constants: variables without axes.
         members: fold numbers.
-        member_axis: keep every member; otherwise mean and, for more than one member, spread.
+        members_as: ``all``: keep every member; ``spread``: their mean and, for more than one, their spread;
+            ``both``.
+        rounded: variables whose values keep :data:`KEPT_BITS` bits of their mantissa, and so compress well.
         chunk: cells of a chunk along each spatial axis.
         shard: cells of a shard along each spatial axis; a multiple of the chunk.
         tile: cells of a tile along each spatial axis; a multiple of the shard.
@@ -103,13 +120,14 @@ class CubeLayout:
     static: tuple[str, ...]
     constants: tuple[str, ...]
     members: tuple[int, ...]
-    member_axis: bool
+    members_as: MembersAs
     chunk: tuple[int, ...]
     shard: tuple[int, ...]
     chunk_days: int
     shard_days: int
     tile: tuple[int, ...]
     attributes: Mapping[str, str]
+    rounded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -135,10 +153,23 @@ class CubeLayout:
         space = dict(zip(self.grid.dims, self.grid.shape, strict=True))
         return {"member": len(self.members), "time": self.period.n_days, **space}
 
+    @property
+    def member_axis(self) -> bool:
+        """Whether any array has the axis ``member``."""
+        return self.members_as != "spread"
+
+    def forms_of(self, name: str) -> dict[str, Form]:
+        """Arrays that hold variable ``name``, and what of its members each of them holds."""
+        every: dict[str, Form] = {name: "members"} if self.member_axis else {}
+        if len(self.members) == 1:
+            return every or {name: "mean"}
+        if self.members_as == "all":
+            return every
+        return {**every, (name + MEAN if every else name): "mean", name + SPREAD: "spread"}
+
     def arrays_of(self, name: str) -> tuple[str, ...]:
         """Names of the arrays that hold variable ``name``."""
-        alone = self.member_axis or len(self.members) == 1
-        return (name,) if alone else (name, name + SPREAD)
+        return tuple(self.forms_of(name))
 
 
 def projected_bytes(layout: CubeLayout) -> int:
@@ -237,7 +268,7 @@ def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
     return CubeLayout(
         grid=grid,
         period=Progress.of(attributes).period,
-        member_axis=geometry["member_axis"],
+        members_as=geometry["members_as"],
         chunk_days=geometry["chunk_days"],
         shard_days=geometry["shard_days"],
         attributes={name: text for name, text in attributes.items() if name not in unseen},
@@ -255,7 +286,7 @@ def _geometry(layout: CubeLayout) -> dict[str, object]:
         "dims": list(grid.dims),
         "shape": list(grid.shape),
         "start": str(layout.period.start),
-        "member_axis": layout.member_axis,
+        "members_as": layout.members_as,
         "chunk_days": layout.chunk_days,
         "shard_days": layout.shard_days,
         **{f"{name}_sha256": _hashed(values) for name, values in cells.items()},
@@ -308,17 +339,14 @@ def planned_arrays(layout: CubeLayout) -> Iterator[PlannedArray]:
 
 
 def _outputs(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> Iterator[PlannedArray]:
-    names = layout.arrays_of(quantity.name)
-    attributes = _output_attributes(layout, quantity, dims)
-    yield _output(layout, names[0], dims, attributes)
-    for name in names[1:]:
-        yield _output(layout, name, dims, _spread_attributes(attributes))
+    for name, form in layout.forms_of(quantity.name).items():
+        axes = ("member", *dims) if form == "members" else dims
+        yield _output(layout, name, axes, _output_attributes(layout, quantity, dims, form))
 
 
 def _output(
     layout: CubeLayout, name: str, dims: tuple[str, ...], attributes: Mapping[str, str]
 ) -> PlannedArray:
-    full = ("member", *dims) if layout.member_axis else dims
     space = layout.grid.dims
     chunk = {"member": 1, "time": layout.chunk_days, **dict(zip(space, layout.chunk, strict=True))}
     # All members share a shard: a tile owns them together, and one object serves them.
@@ -329,41 +357,43 @@ def _output(
     }
     return PlannedArray(
         name=name,
-        dims=full,
-        shape=tuple(layout.sizes[d] for d in full),
+        dims=dims,
+        shape=tuple(layout.sizes[d] for d in dims),
         dtype=np.dtype(np.float32),
         attributes=attributes,
-        chunks=tuple(chunk[d] for d in full),
-        shards=tuple(shard[d] for d in full) or None,
+        chunks=tuple(chunk[d] for d in dims),
+        shards=tuple(shard[d] for d in dims) or None,
     )
 
 
-def _output_attributes(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> dict[str, str]:
-    """CF attributes of the array that holds a variable, or its mean over folds."""
+def _output_attributes(
+    layout: CubeLayout, quantity: Variable, dims: tuple[str, ...], form: Form
+) -> dict[str, str]:
+    """CF attributes of one array of a variable."""
     attributes = quantity.cf_attributes()
     methods = [_TIME_METHODS.get(quantity.units, "")] if "time" in dims else []
-    if len(layout.arrays_of(quantity.name)) > 1:
+    comments = []
+    if form == "mean" and len(layout.members) > 1:
         methods.append("realization: mean")
         attributes["ancillary_variables"] = quantity.name + SPREAD
+    if form == "spread":
+        # readers look for the quantity itself by its standard name
+        attributes.pop("standard_name", None)
+        long_name = attributes["long_name"]
+        attributes["long_name"] = f"spread of {long_name} over folds (standard deviation; not an uncertainty)"
+        methods.append("realization: standard_deviation")
+        comments.append(_SPREAD_COMMENT)
+    if quantity.name in layout.rounded:
+        comments.append(_ROUNDED_COMMENT)
     if any(methods):
         attributes["cell_methods"] = " ".join(filter(None, methods))
+    if comments:
+        attributes["comment"] = " ".join(comments)
     if dims:
         attributes["cell_measures"] = "area: cell_area"
     if "cell" in dims:
         attributes["coordinates"] = "lat lon"
     return attributes
-
-
-def _spread_attributes(mean: Mapping[str, str]) -> dict[str, str]:
-    """Attributes of a spread; without a standard name, by which readers look for the quantity itself."""
-    kept = {name: value for name, value in mean.items() if name not in _ONLY_OF_THE_MEAN}
-    return {
-        **kept,
-        "long_name": f"spread of {mean['long_name']} over folds (standard deviation; not an uncertainty)",
-        "cell_methods": mean["cell_methods"].replace("realization: mean", "realization: standard_deviation"),
-        "comment": "Population standard deviation over models trained on different folds. It shows how much "
-        "they disagree; errors they share do not show.",
-    }
 
 
 def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:

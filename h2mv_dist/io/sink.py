@@ -6,6 +6,7 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,11 +16,12 @@ from zarr.abc.store import Store
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
-from h2mv_dist.io.cube import ONE_OWNER, CubeLayout
+from h2mv_dist.io.cube import KEPT_BITS, ONE_OWNER, CubeLayout, Form
 from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import displayed, explained, open_store, without_read_back
 from h2mv_dist.spec import Budget, Float32Array
 
+Where: TypeAlias = tuple[slice | EllipsisType, ...]
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
@@ -82,7 +84,7 @@ class Sink:
     def _written(self, region: "_Region", values: Mapping[str, Float32Array]) -> Iterator[Float32Array]:
         """Write one array after the other, each handed on, so that one at a time is in memory."""
         for name in region.names:
-            for array_name, reduced in _reduced(self.layout, name, values[name]):
+            for array_name, reduced in _arrays(self.layout, name, values[name]):
                 block = reduced if region.land is None else _expanded(reduced, region.land)
                 self.arrays[array_name][region.where] = block
                 yield block
@@ -134,10 +136,9 @@ class StoredValues:
         """
         first = period.first - self.layout.period.first
         days = slice(max(first - 1, 0), first + period.n_days)
-        members = (slice(None),) if self.layout.member_axis else ()
         land = self.layout.grid.mask[tile.slices]
         with explained(self.url, self.options):
-            parts = {n: _read(self.arrays[n], (*members, days, *tile.slices), self.url) for n in budget.terms}
+            parts = {n: _read(self.arrays[n], (..., days, *tile.slices), self.url) for n in budget.terms}
         return budget.residual({n: np.asarray(p[..., land], np.float64) for n, p in parts.items()})
 
 
@@ -148,37 +149,59 @@ class DamagedError(StoreError):
 class _Region(NamedTuple):
     """Part of a cube that one call writes.
 
-    ``land`` is the tile's mask [*space]; ``packed`` the shape of its values after the member axis.
+    ``where`` is the same for arrays with and without a member axis, which comes first; ``land`` is the tile's
+    mask [*space]; ``packed`` the shape of its values after the member axis.
     """
 
     names: tuple[str, ...]
-    where: tuple[slice, ...]
+    where: Where
     packed: tuple[int, ...]
     land: BoolArray | None
 
 
 def _region(layout: CubeLayout, tile: Tile | None, period: Period | None) -> _Region:
-    members = (slice(None),) if layout.member_axis else ()
     if tile is None:
-        return _Region(layout.constants, members, (), None)
+        return _Region(layout.constants, (...,), (), None)
     _check_tile(layout, tile)
     land = layout.grid.mask[tile.slices]
     n_land = int(land.sum())
     if period is None:
-        return _Region(layout.static, (*members, *tile.slices), (n_land,), land)
+        return _Region(layout.static, (..., *tile.slices), (n_land,), land)
     days = _whole_time_shard(layout, period)
-    return _Region(layout.daily, (*members, days, *tile.slices), (period.n_days, n_land), land)
+    return _Region(layout.daily, (..., days, *tile.slices), (period.n_days, n_land), land)
 
 
-def _reduced(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
-    """Arrays of one variable from its values [member, ...]: as they are, or mean and spread over members."""
-    if layout.member_axis:
-        yield name, values
-        return
+def _arrays(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
+    """What each array of one variable holds of its values [member, ...]."""
+    for array_name, form in layout.forms_of(name).items():
+        formed = _formed(values, form)
+        yield array_name, rounded(formed, KEPT_BITS) if name in layout.rounded else formed
+
+
+def _formed(values: Float32Array, form: Form) -> Float32Array:
+    """Members as they are, or their mean or spread."""
     # In float64 and in the order of the members, so that the same values give the same bytes.
-    yield name, np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
-    for spread in layout.arrays_of(name)[1:]:
-        yield spread, np.asarray(np.std(values, axis=0, dtype=np.float64), np.float32)
+    match form:
+        case "members":
+            return values
+        case "mean":
+            return np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
+        case "spread":
+            return np.asarray(np.std(values, axis=0, dtype=np.float64), np.float32)
+
+
+def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
+    """Values to the nearest that has so many bits of mantissa, ties to even; what is not finite stays.
+
+    >>> rounded(np.array([1.0, 0.1, np.nan], np.float32), 2)
+    array([1.   , 0.09375, nan], dtype=float32)
+    """
+    dropped = np.uint32(23 - kept_bits)
+    bits = values.view(np.uint32)
+    odd = (bits >> dropped) & np.uint32(1)
+    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
+    nearest = ((bits + half + odd) >> dropped) << dropped
+    return np.where(np.isfinite(values), nearest.view(np.float32), values)
 
 
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
@@ -196,7 +219,7 @@ def _checksum(blocks: Iterable[Float32Array]) -> str:
     return digest.hexdigest()
 
 
-def _read(array: ZarrArray, where: tuple[slice, ...], url: str) -> Float32Array:
+def _read(array: ZarrArray, where: Where, url: str) -> Float32Array:
     try:
         return np.asarray(array[where], np.float32)
     # What zarr raises where the CRC-32C of a chunk or of a shard's index does not match.

@@ -23,7 +23,7 @@ from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
 from h2mv_dist.model.h2mv import GATE_DAYS
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import ModelSpec
-from h2mv_dist.variables import nearest
+from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
 NUMBERS: Final = 1
@@ -360,7 +360,8 @@ def _layout(
         static=tuple(n for n in names if n in spec.static),
         constants=tuple(n for n in names if n in spec.constants),
         members=tuple(checksums),
-        member_axis=chosen.members == "all",
+        members_as=chosen.members,
+        rounded=_rounded(chosen.rounding, names, spec),
         chunk=chosen.chunk,
         shard=chosen.shard,
         tile=chosen.tile,
@@ -375,6 +376,13 @@ def _layout(
             FINGERPRINT: checksum(canonical_json(provenance).encode()),
         },
     )
+
+
+def _rounded(rounding: str, names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
+    """Daily outputs that are rounded; the water budget of stored values closes only where none is."""
+    daily = [name for name in names if name in spec.daily or name in spec.anomalies]
+    stores = [name for name in daily if variable(name).units == "mm"]
+    return tuple(n for n in daily if rounding == "all" or (rounding == "fluxes" and n not in stores))
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def map_layout(**changes: Any) -> CubeLayout:
         static=STATIC,
         constants=CONSTANTS,
         members=(0, 3, 7),
-        member_axis=False,
+        members_as="spread",
         chunk=(2, 2),
         shard=(4, 4),
         chunk_days=2,
@@ -91,11 +91,12 @@ def basin_layout(**changes: Any) -> CubeLayout:
 
 LAYOUTS = {
     "spread": map_layout(),
-    "members": map_layout(member_axis=True),
+    "both": map_layout(members_as="both", rounded=("runoff",)),
+    "members": map_layout(members_as="all"),
     "one member": map_layout(members=(5,)),
     "one shard": map_layout(chunk=(10, 10), shard=(20, 20), tile=(20, 20), chunk_days=30, shard_days=30),
     "basins": basin_layout(),
-    "basin members": basin_layout(member_axis=True),
+    "basin members": basin_layout(members_as="all"),
 }
 
 

@@ -39,7 +39,8 @@ def test_a_reader_finds_decoded_axes(case: Case) -> None:
             *layout.grid.dims,
         )
         assert ("member" in cube.coords) == layout.member_axis
-        assert ("runoff_spread" in cube) == (not layout.member_axis and len(layout.members) > 1)
+        assert ("runoff_spread" in cube) == (layout.members_as != "all" and len(layout.members) > 1)
+        assert ("runoff_mean" in cube) == (layout.members_as == "both")
 
 
 def test_a_map_follows_cf(on_disk: CubePlace) -> None:

@@ -71,7 +71,7 @@ def plan(url: str, sizes: Sizes, **changes: Any) -> CubePlan:
         static=SPEC.static,
         constants=SPEC.constants,
         members=tuple(range(sizes.members)),
-        member_axis=sizes.member_axis,
+        members_as="all" if sizes.member_axis else "spread",
         chunk=sizes.tile,
         shard=sizes.tile,
         tile=sizes.tile,
