@@ -339,6 +339,8 @@ class InferenceSettings(_Settings):
     """Variables to write; all if left out."""
     members: Literal["spread", "all", "both"] = "spread"
     """``spread``: mean and standard deviation over folds; ``all``: a member axis; ``both``."""
+    monthly: bool = False
+    """Also keep means over calendar months, of whole months only."""
     rounding: Literal["none", "fluxes", "all"] = "none"
     """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better;
     ``fluxes``: all but stores."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from h2mv_dist.config import canonical_json
 from h2mv_dist.errors import ConfigError, describe
-from h2mv_dist.grid import FloatArray, Grid, Period, Tile, as_date, cell_bounds
+from h2mv_dist.grid import FloatArray, Grid, IntArray, Period, Tile, as_date, cell_bounds
 from h2mv_dist.variables import Variable, variable
 
 FINGERPRINT: Final = "h2mv_dist_fingerprint"
@@ -47,7 +47,8 @@ PROGRESS: Final = (PERIOD, COMPLETE, ROLLBACKS, CONSTANTS, *_COVERAGE)
 """Root attributes that change while a cube grows."""
 
 HORIZON_DAYS: Final = 36_525
-"""The time axis is stored for a multiple of so many days, so that no append rewrites what a reader reads."""
+HORIZON_MONTHS: Final = 1200
+"""Growing axes are stored for a multiple of so many steps, so that no append rewrites what a reader reads."""
 
 RECORDED: Final = ("data_url", "training_job", "settings", "versions")
 """Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
@@ -58,13 +59,16 @@ Form = Literal["members", "mean", "spread"]
 KEPT_BITS: Final = 12
 """Bits of the mantissa of rounded values: relative errors are at most 2**-13."""
 
+MONTHLY: Final = "_monthly"
+"""Suffix of the arrays that hold means over calendar months."""
+
 MEAN: Final = "_mean"
 """Suffix of the arrays that hold the mean over folds beside every member."""
 
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
 
-_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "rounded")
+_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "rounded", "monthly")
 """What a layout has several of."""
 
 ONE_OWNER: Final = "two writers in one shard lose data without any error"
@@ -104,6 +108,7 @@ class CubeLayout:
         members: fold numbers.
         members_as: ``all``: keep every member; ``spread``: their mean and, for more than one, their spread;
             ``both``.
+        monthly: daily variables whose means over calendar months are kept, too; only of whole months.
         rounded: variables whose values keep :data:`KEPT_BITS` bits of their mantissa, and so compress well.
         chunk: cells of a chunk along each spatial axis.
         shard: cells of a shard along each spatial axis; a multiple of the chunk.
@@ -128,6 +133,7 @@ class CubeLayout:
     tile: tuple[int, ...]
     attributes: Mapping[str, str]
     rounded: tuple[str, ...] = ()
+    monthly: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -151,7 +157,7 @@ class CubeLayout:
     def sizes(self) -> dict[str, int]:
         """Length of every dimension."""
         space = dict(zip(self.grid.dims, self.grid.shape, strict=True))
-        return {"member": len(self.members), "time": self.period.n_days, **space}
+        return {"member": len(self.members), **lengths(self.period), **space}
 
     @property
     def member_axis(self) -> bool:
@@ -170,6 +176,17 @@ class CubeLayout:
     def arrays_of(self, name: str) -> tuple[str, ...]:
         """Names of the arrays that hold variable ``name``."""
         return tuple(self.forms_of(name))
+
+
+def lengths(period: Period) -> dict[str, int]:
+    """Length of the axes that grow."""
+    return {"time": period.n_days, "month": len(period.months())}
+
+
+def monthly_arrays(layout: CubeLayout) -> Iterator[str]:
+    """Names of the arrays of monthly means."""
+    for name in layout.monthly:
+        yield from (array + MONTHLY for array in layout.arrays_of(name))
 
 
 def projected_bytes(layout: CubeLayout) -> int:
@@ -336,23 +353,35 @@ def planned_arrays(layout: CubeLayout) -> Iterator[PlannedArray]:
     for names, dims in kinds:
         for name in names:
             yield from _outputs(layout, variable(name), dims)
+    for name in layout.monthly:
+        yield from _outputs(layout, variable(name), ("month", *space), MONTHLY)
 
 
-def _outputs(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> Iterator[PlannedArray]:
+def _outputs(
+    layout: CubeLayout, quantity: Variable, dims: tuple[str, ...], suffix: str = ""
+) -> Iterator[PlannedArray]:
     for name, form in layout.forms_of(quantity.name).items():
         axes = ("member", *dims) if form == "members" else dims
-        yield _output(layout, name, axes, _output_attributes(layout, quantity, dims, form))
+        attributes = _output_attributes(layout, quantity, dims, form)
+        yield _output(layout, name + suffix, axes, attributes)
 
 
 def _output(
     layout: CubeLayout, name: str, dims: tuple[str, ...], attributes: Mapping[str, str]
 ) -> PlannedArray:
     space = layout.grid.dims
-    chunk = {"member": 1, "time": layout.chunk_days, **dict(zip(space, layout.chunk, strict=True))}
+    chunk = {
+        "member": 1,
+        "month": 1,
+        "time": layout.chunk_days,
+        **dict(zip(space, layout.chunk, strict=True)),
+    }
     # All members share a shard: a tile owns them together, and one object serves them.
     shard = {
         "member": len(layout.members),
         "time": layout.shard_days,
+        # one month a shard: none is written again when the next one comes
+        "month": 1,
         **dict(zip(space, layout.shard, strict=True)),
     }
     return PlannedArray(
@@ -372,6 +401,8 @@ def _output_attributes(
     """CF attributes of one array of a variable."""
     attributes = quantity.cf_attributes()
     methods = [_TIME_METHODS.get(quantity.units, "")] if "time" in dims else []
+    if "month" in dims:
+        methods, attributes["long_name"] = ["month: mean"], f"monthly mean of {attributes['long_name']}"
     comments = []
     if form == "mean" and len(layout.members) > 1:
         methods.append("realization: mean")
@@ -398,6 +429,7 @@ def _output_attributes(
 
 def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
     yield from _time(layout.period)
+    yield from _months(layout.period) if layout.monthly else ()
     yield from _latitude_and_longitude(layout.grid)
     grid = layout.grid
     auxiliary = {"coordinates": "lat lon"} if grid.dims == ("cell",) else {}
@@ -419,23 +451,35 @@ def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
 def _time(period: Period) -> Iterator[PlannedArray]:
     """The first instant of each day, and the bounds [time, 2] of the day; stored up to the horizon."""
     n_stored = -(-period.n_days // HORIZON_DAYS) * HORIZON_DAYS
-    days = np.arange(period.first, period.first + n_stored, dtype=np.int64)
+    days = np.arange(period.first, period.first + n_stored + 1, dtype=np.int64)
+    yield from _growing("time", "day", days, period.n_days, HORIZON_DAYS)
+
+
+def _months(period: Period) -> Iterator[PlannedArray]:
+    """The first instant of each whole month, and its bounds [month, 2]; stored up to the horizon."""
+    n_months = len(period.months())
+    n_stored = max(-(-n_months // HORIZON_MONTHS), 1) * HORIZON_MONTHS
+    first = period.start.year * 12 + period.start.month - (period.start.day == 1)
+    starts = [date(month // 12, month % 12 + 1, 1) for month in range(first, first + n_stored + 1)]
+    days = np.asarray(starts, "datetime64[D]").astype(np.int64)
+    yield from _growing("month", "month", days, n_months, HORIZON_MONTHS)
+
+
+def _growing(name: str, long_name: str, edges: IntArray, length: int, horizon: int) -> Iterator[PlannedArray]:
+    """A time axis and its bounds from the edges of its steps, days since 1970-01-01."""
     attributes = {
         "standard_name": "time",
-        "long_name": "day",
+        "long_name": long_name,
         "units": "days since 1970-01-01",
         "calendar": "proleptic_gregorian",
-        "axis": "T",
-        "bounds": "time_bnds",
+        "bounds": f"{name}_bnds",
+        **({"axis": "T"} if name == "time" else {}),
     }
-    for name, values, described in (
-        ("time", days, attributes),
-        ("time_bnds", np.stack([days, days + 1], 1), {}),
-    ):
-        axes = ("time", "bnds")[: values.ndim]
-        whole = _coordinate(name, axes, values, described)
-        shape, chunks = (period.n_days, *values.shape[1:]), (HORIZON_DAYS, *values.shape[1:])
-        yield replace(whole, shape=shape, chunks=chunks)
+    bounds = np.stack([edges[:-1], edges[1:]], axis=1)
+    for array, values, described in ((name, edges[:-1], attributes), (f"{name}_bnds", bounds, {})):
+        whole = _coordinate(array, (name, "bnds")[: values.ndim], values, described)
+        further = values.shape[1:]
+        yield replace(whole, shape=(length, *further), chunks=(horizon, *further))
 
 
 def _latitude_and_longitude(grid: Grid) -> Iterator[PlannedArray]:

@@ -1,9 +1,10 @@
 """Checking a cube: whether what is stored is what its receipts say, and whether its budget closes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -12,7 +13,7 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_store import read_cube
-from h2mv_dist.io.ledger import Covered, Ledger, Receipt, gaps
+from h2mv_dist.io.ledger import Covered, Ledger, Receipt, ended_months, gaps
 from h2mv_dist.io.sink import DamagedError, StoredValues
 from h2mv_dist.spec import Budget
 
@@ -95,19 +96,33 @@ def _missing(layout: CubeLayout, covered: Mapping[str, Sequence[Covered]]) -> It
 
 
 def _problem(stored: StoredValues, tile: Tile | None, one: Covered, receipt: Receipt) -> str:
+    """What is wrong with the days of a receipt, if anything."""
     if tile is None:
         return "the cube has no such tile"
     if receipt.fingerprint != stored.layout.fingerprint:
         return f"its receipt belongs to another cube, of fingerprint {receipt.fingerprint}"
     try:
-        if receipt.static and stored.checksum(tile=tile) != receipt.static:
-            return "static variables are not those that were written"
-        for block, written in zip(_blocks(stored.layout, one), receipt.blocks, strict=True):
-            if stored.checksum(tile=tile, period=block) != written:
-                return f"values of {block} are not those that were written"
+        changed = (
+            what for what, written, found in _checksums(stored, tile, one, receipt) if found() != written
+        )
+        first = next(changed, "")
     except DamagedError as error:
         return str(error)
-    return ""
+    return first and f"{first} are not those that were written"
+
+
+def _checksums(
+    stored: StoredValues, tile: Tile, one: Covered, receipt: Receipt
+) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """What a receipt tells of: its name, its checksum, and how that follows from what is stored."""
+    layout = stored.layout
+    if receipt.static:
+        yield "static variables", receipt.static, partial(stored.checksum, tile=tile)
+    for block, written in zip(_blocks(layout, one), receipt.blocks, strict=True):
+        yield f"values of {block}", written, partial(stored.checksum, tile=tile, period=block)
+    months = ended_months(layout.period, one.period) if layout.monthly else ()
+    for month, written in zip(months, receipt.months, strict=True):
+        yield f"means of {month}", written, partial(stored.checksum, tile=tile, month=month)
 
 
 def _blocks(layout: CubeLayout, one: Covered) -> Iterator[Period]:

@@ -13,7 +13,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
-from h2mv_dist.grid import Grid
+from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import (
     FINGERPRINT,
     LAYOUT,
@@ -23,6 +23,7 @@ from h2mv_dist.io.cube import (
     PlannedArray,
     Progress,
     layout_of,
+    lengths,
     planned_arrays,
     root_attributes,
 )
@@ -149,7 +150,7 @@ def publish(url: str, layout: CubeLayout, progress: Progress, options: StorageOp
     names = [array.name for array in planned_arrays(layout)]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         stored = list(pool.map(lambda name: json.loads(get_object(_document(url, name), options)), names))
-    shown = {name: _lasting(array, progress.period.n_days) for name, array in zip(names, stored, strict=True)}
+    shown = {name: _lasting(array, progress.period) for name, array in zip(names, stored, strict=True)}
     changed = {name: new for (name, new), old in zip(shown.items(), stored, strict=True) if new != old}
     longer = any(new["shape"] > old["shape"] for new, old in zip(shown.values(), stored, strict=True))
     root = {
@@ -175,10 +176,11 @@ def _document(url: str, name: str) -> str:
     return join(url, name, "zarr.json")
 
 
-def _lasting(array: Mapping[str, Any], n_days: int) -> dict[str, Any]:
-    """Metadata of an array whose time axis has this many days."""
+def _lasting(array: Mapping[str, Any], period: Period) -> dict[str, Any]:
+    """Metadata of an array whose growing axis is as long as the period."""
+    grown = lengths(period)
     axes = zip(array.get("dimension_names", ()), array["shape"], strict=True)
-    return {**array, "shape": [n_days if axis == "time" else size for axis, size in axes]}
+    return {**array, "shape": [grown.get(axis, size) for axis, size in axes]}
 
 
 def _write_metadata(store: Store, layout: CubeLayout, attributes: Mapping[str, str], *, again: bool) -> None:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Final, NamedTuple
 
@@ -55,6 +55,7 @@ class Receipt:
         fingerprint: which model, data, grid and settings it was made with.
         static: SHA-256 of the static values, from the sink; empty where the stretch is not the cube's first.
         blocks: SHA-256 of the daily values of each time block, from the sink.
+        months: SHA-256 of the means over each month that ends in the stretch.
         forcing: SHA-256 of the forcing it was computed from.
         missing: values on land that are not finite.
         residual: largest gap of the water budget on any day and cell, mm; None for models without one.
@@ -64,6 +65,7 @@ class Receipt:
     fingerprint: str
     static: str
     blocks: tuple[str, ...]
+    months: tuple[str, ...]
     forcing: str
     missing: int
     residual: float | None
@@ -82,12 +84,12 @@ class Receipt:
         """
         try:
             found = Receipt(**json.loads(data))
-            texts = (found.fingerprint, found.static, found.forcing, *found.blocks)
+            texts = (found.fingerprint, found.static, found.forcing, *found.blocks, *found.months)
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("a text has another type")
         except (ValueError, TypeError) as error:
             raise StoreError(f"not a complete receipt: {error}") from error
-        return Receipt(**{**asdict(found), "blocks": tuple(found.blocks)})
+        return replace(found, blocks=tuple(found.blocks), months=tuple(found.months))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,16 @@ def gaps(covered: Sequence[Covered], wanted: Period) -> tuple[Period, ...]:
     if reached < wanted.stop:
         found.append(Period(reached, wanted.stop))
     return tuple(found)
+
+
+def ended_months(whole: Period, part: Period) -> tuple[Period, ...]:
+    """Whole months of a cube that end in a part of its days.
+
+    >>> whole = Period(date(2001, 1, 15), date(2001, 4, 10))
+    >>> [str(m) for m in ended_months(whole, Period(date(2001, 2, 5), date(2001, 3, 1)))]
+    ['2001-02-01..2001-03-01']
+    """
+    return tuple(month for month in whole.months() if part.start < month.stop <= part.stop)
 
 
 def ledger_url(cube_url: str) -> str:

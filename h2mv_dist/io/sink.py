@@ -16,12 +16,12 @@ from zarr.abc.store import Store
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
-from h2mv_dist.io.cube import KEPT_BITS, ONE_OWNER, CubeLayout, Form
+from h2mv_dist.io.cube import KEPT_BITS, MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import displayed, explained, open_store, without_read_back
 from h2mv_dist.spec import Budget, Float32Array
 
-Where: TypeAlias = tuple[slice | EllipsisType, ...]
+Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
@@ -72,6 +72,10 @@ class Sink:
         """Write all static variables of one tile, each [member, cell]; see :meth:`write`."""
         return self._put(_region(self.layout, tile, None), values)
 
+    def write_month(self, tile: Tile, month: Period, values: Mapping[str, Float32Array]) -> str:
+        """Write the means of one month of one tile, each [member, cell]; see :meth:`write`."""
+        return self._put(_month_region(self.layout, tile, month), values)
+
     def write_constants(self, values: Mapping[str, Float32Array]) -> str:
         """Write all constants, each [member]; see :meth:`write`."""
         return self._put(_region(self.layout, None, None), values)
@@ -86,7 +90,7 @@ class Sink:
         for name in region.names:
             for array_name, reduced in _arrays(self.layout, name, values[name]):
                 block = reduced if region.land is None else _expanded(reduced, region.land)
-                self.arrays[array_name][region.where] = block
+                self.arrays[array_name + region.suffix][region.where] = block
                 yield block
 
 
@@ -111,17 +115,24 @@ class StoredValues:
         with explained(url, options):
             return StoredValues(layout, _opened(store, layout, names), url, options)
 
-    def checksum(self, *, tile: Tile | None = None, period: Period | None = None) -> str:
+    def checksum(
+        self, *, tile: Tile | None = None, period: Period | None = None, month: Period | None = None
+    ) -> str:
         """What the matching ``write`` returned, worked out again from the stored values.
 
-        With a tile and a period: daily variables; with a tile only: static ones; with neither: constants.
+        With a tile and a period: daily variables; with a tile and a month: their means over it; with a tile
+        only: static ones; with nothing: constants.
 
         Raises:
             DamagedError: what is stored does not match its own checksums.
             StoreError: the region is not made of whole shards, or cannot be read.
         """
-        region = _region(self.layout, tile, period)
-        names = (array_name for name in region.names for array_name in self.layout.arrays_of(name))
+        if tile is not None and month is not None:
+            region = _month_region(self.layout, tile, month)
+        else:
+            region = _region(self.layout, tile, period)
+        arrays = (array for name in region.names for array in self.layout.arrays_of(name))
+        names = (array + region.suffix for array in arrays)
         with explained(self.url, self.options):
             return _checksum(_read(self.arrays[name], region.where, self.url) for name in names)
 
@@ -150,13 +161,14 @@ class _Region(NamedTuple):
     """Part of a cube that one call writes.
 
     ``where`` is the same for arrays with and without a member axis, which comes first; ``land`` is the tile's
-    mask [*space]; ``packed`` the shape of its values after the member axis.
+    mask [*space]; ``packed`` the shape of its values after the member axis; ``suffix`` of the arrays' names.
     """
 
     names: tuple[str, ...]
     where: Where
     packed: tuple[int, ...]
     land: BoolArray | None
+    suffix: str = ""
 
 
 def _region(layout: CubeLayout, tile: Tile | None, period: Period | None) -> _Region:
@@ -169,6 +181,13 @@ def _region(layout: CubeLayout, tile: Tile | None, period: Period | None) -> _Re
         return _Region(layout.static, (..., *tile.slices), (n_land,), land)
     days = _whole_time_shard(layout, period)
     return _Region(layout.daily, (..., days, *tile.slices), (period.n_days, n_land), land)
+
+
+def _month_region(layout: CubeLayout, tile: Tile, month: Period) -> _Region:
+    _check_tile(layout, tile)
+    land = layout.grid.mask[tile.slices]
+    index = layout.period.months().index(month)
+    return _Region(layout.monthly, (..., index, *tile.slices), (int(land.sum()),), land, MONTHLY)
 
 
 def _arrays(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
@@ -240,7 +259,8 @@ def _opened(store: Store, layout: CubeLayout, names: Iterable[str]) -> dict[str,
 
     Days that are appended are written before readers are shown them.
     """
-    found = (array_name for name in names for array_name in layout.arrays_of(name))
+    found = [array_name for name in names for array_name in layout.arrays_of(name)]
+    found += monthly_arrays(layout)
     mode: Literal["r", "r+"] = "r" if store.read_only else "r+"
     return {name: _as_long(zarr.open_array(store, path=name, mode=mode), layout) for name in found}
 
@@ -248,7 +268,8 @@ def _opened(store: Store, layout: CubeLayout, names: Iterable[str]) -> dict[str,
 def _as_long(array: ZarrArray, layout: CubeLayout) -> ZarrArray:
     metadata = array.async_array.metadata
     axes = zip(metadata.dimension_names or (), metadata.shape, strict=True)
-    shape = tuple(layout.period.n_days if axis == "time" else size for axis, size in axes)
+    grown = lengths(layout.period)
+    shape = tuple(grown.get(str(axis), size) for axis, size in axes)
     return zarr.Array(zarr.AsyncArray(replace(metadata, shape=shape), array.store_path))
 
 

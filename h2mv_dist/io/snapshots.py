@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.io.ledger import is_current
 from h2mv_dist.io.stores import delete_tree, displayed, get_object, join, list_objects, put_object
-from h2mv_dist.spec import Float32Array
 
 _NAME: Final = re.compile(r"(?P<tile>[\d_-]+)/(?P<day>[\d-]{10})\.v(?P<edition>\d+)\.safetensors", re.ASCII)
+
+
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Snapshots:
     fingerprint: str
     rollbacks: tuple[date, ...] = ()
 
-    def save(self, tile: str, day: date, arrays: Mapping[str, Float32Array]) -> None:
+    def save(self, tile: str, day: date, arrays: Arrays) -> None:
         """Keep what is remembered when ``day`` begins.
 
         Raises:
@@ -48,7 +52,7 @@ class Snapshots:
         checked = hashlib.sha256((self.fingerprint + tile).encode() + content).digest()
         put_object(self._place(tile, day, len(self.rollbacks)), checked + content, self.options)
 
-    def load(self, tile: str, day: date) -> Mapping[str, Float32Array]:
+    def load(self, tile: str, day: date) -> Arrays:
         """What :meth:`save` was given.
 
         Raises:
@@ -67,7 +71,7 @@ class Snapshots:
                     fix="delete this object: the tile then goes on from an earlier one",
                 )
             )
-        found: Mapping[str, Float32Array] = load(content)
+        found: Arrays = load(content)
         return found
 
     def days(self, tile: str) -> tuple[date, ...]:

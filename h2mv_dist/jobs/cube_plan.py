@@ -84,6 +84,8 @@ class CubePlan:
         # of the variable that is being written: its deviations in float64, then its box with sea, and coded
         spread = 0 if layout.member_axis else 2 * members * days * cells
         coded = 3 * (members if layout.member_axis else 1) * days * box
+        # sums over the month, float64, and the means of one that ends
+        values += 3 * members * cells * len(layout.monthly)
         return forcing + FLOAT_BYTES * (gates + member + values + max(spread, coded))
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:
@@ -362,6 +364,7 @@ def _layout(
         members=tuple(checksums),
         members_as=chosen.members,
         rounded=_rounded(chosen.rounding, names, spec),
+        monthly=tuple(n for n in names if n in spec.daily or n in spec.anomalies) if chosen.monthly else (),
         chunk=chosen.chunk,
         shard=chosen.shard,
         tile=chosen.tile,

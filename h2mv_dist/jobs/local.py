@@ -198,8 +198,7 @@ def _run_tile(
     simulation = TileSimulation(source, spec, ensemble, tile, days, outputs)
     carried, found = simulation.start(), list[Values]()
     for block, batch in simulation.blocks(days.period):
-        state, values = simulation.outputs(batch, carried)
-        carried = carried._replace(day=block.stop, state=state)
+        carried, values = simulation.step(block, batch, carried)
         found.append(values)
     land = source.grid.mask[tile.slices]
     single = tile.shape == (1,) * len(tile.shape)

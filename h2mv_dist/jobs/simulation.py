@@ -5,13 +5,14 @@ A tile of a cube and :func:`h2mv_dist.run` use the same code. Outputs are [membe
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
-from typing import Final, NamedTuple
+from datetime import date, timedelta
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from h2mv_dist.grid import Period, Tile
+from h2mv_dist.grid import FloatArray, Period, Tile, as_date
 from h2mv_dist.io.source import Source
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.model.base import Batch, Result, State
@@ -20,6 +21,7 @@ from h2mv_dist.spec import Float32Array, ModelSpec
 
 _REFERENCE: Final = "reference/"
 _STATE: Final = "state/"
+_SUM: Final = "sum/"
 
 
 class Carried(NamedTuple):
@@ -29,26 +31,33 @@ class Carried(NamedTuple):
         day: that day.
         state: of all members, stacked.
         references: daily output -> what its anomalies refer to, [member, cell].
+        sums: daily output -> its sum over the month so far, [member, cell].
     """
 
     day: date
     state: State
     references: Mapping[str, torch.Tensor]
+    sums: Mapping[str, FloatArray]
 
-    def arrays(self, names: Sequence[str]) -> dict[str, Float32Array]:
+    def arrays(self, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
         """For a snapshot, each [member, cell, ...]."""
         parts = {_STATE + name: part for name, part in zip(names, self.state, strict=True)}
         parts |= {_REFERENCE + name: mean for name, mean in self.references.items()}
-        return {name: part.cpu().numpy() for name, part in parts.items()}
+        arrays: dict[str, NDArray[np.generic]] = {name: part.cpu().numpy() for name, part in parts.items()}
+        return arrays | {_SUM + name: total for name, total in self.sums.items()}
 
     @staticmethod
     def of(
-        day: date, arrays: Mapping[str, Float32Array], names: Sequence[str], device: torch.device
+        day: date, arrays: Mapping[str, NDArray[Any]], names: Sequence[str], device: torch.device
     ) -> "Carried":
         """Inverse of :meth:`arrays`."""
-        parts = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        means = {n.removeprefix(_REFERENCE): p for n, p in parts.items() if n.startswith(_REFERENCE)}
-        return Carried(day, tuple(parts[_STATE + name] for name in names), means)
+
+        def called(prefix: str) -> dict[str, NDArray[Any]]:
+            return {n.removeprefix(prefix): array for n, array in arrays.items() if n.startswith(prefix)}
+
+        states = {name: torch.from_numpy(array).to(device) for name, array in called(_STATE).items()}
+        means = {name: torch.from_numpy(array).to(device) for name, array in called(_REFERENCE).items()}
+        return Carried(day, tuple(states[name] for name in names), means, called(_SUM))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,13 @@ class Values:
     Attributes:
         daily: output -> [member, time, cell].
         static: output -> [member, cell].
+        months: month that ends in the block -> output -> mean, [member, cell].
         residual: largest gap of the model's budget, mm; None for a model without one.
     """
 
     daily: Mapping[str, Float32Array]
     static: Mapping[str, Float32Array]
+    months: Mapping[Period, Mapping[str, Float32Array]]
     residual: float | None
 
     def n_missing(self) -> int:
@@ -98,9 +109,11 @@ class TileSimulation:
         tile: Tile,
         days: Days,
         outputs: Sequence[str],
+        monthly: Sequence[str] = (),
     ) -> None:
         self.source, self.spec, self.ensemble, self.tile, self.days = source, spec, ensemble, tile, days
         self.daily = [name for name in outputs if name in spec.daily or name in spec.anomalies]
+        self.monthly = monthly
         self.once = [name for name in outputs if name in spec.static]
         land = source.grid.mask[tile.slices]
         self.static = torch.from_numpy(source.read_static(tile)[land])
@@ -111,16 +124,15 @@ class TileSimulation:
         state = self.ensemble.initial_state(self.static.shape[0])
         for _, batch in self.blocks(self.days.spinup) if self.days.spinup is not None else ():
             state = self.ensemble.run(batch, state, _nothing)
-        return Carried(self.days.period.start, state, self._baseline_means(state))
+        return Carried(self.days.period.start, state, self._baseline_means(state), {})
 
     def advance(self, carried: Carried, day: date) -> Carried:
         """Go on until ``day`` begins, without outputs."""
         if carried.day == day:
             return carried
-        state = carried.state
-        for _, batch in self.blocks(Period(carried.day, day)):
-            state = self.ensemble.run(batch, state, _nothing)
-        return carried._replace(day=day, state=state)
+        for block, batch in self.blocks(Period(carried.day, day)):
+            carried, _ = self.step(block, batch, carried)
+        return carried
 
     def _baseline_means(self, state: State) -> dict[str, torch.Tensor]:
         """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
@@ -152,8 +164,8 @@ class TileSimulation:
         for block in period.blocks(self.days.block):
             yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
 
-    def outputs(self, batch: Batch, carried: Carried) -> tuple[State, Values]:
-        """Run a block; the state after it, and its outputs."""
+    def step(self, block: Period, batch: Batch, carried: Carried) -> tuple[Carried, Values]:
+        """Run a block; what is remembered after it, and its outputs."""
         members = len(self.ensemble.models)
         daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in self.daily}
         static = {n: np.empty((members, batch.n_cells), np.float32) for n in self.once}
@@ -172,7 +184,32 @@ class TileSimulation:
                 residuals.append(_residual(self.spec, before, result))
 
         state = self.ensemble.run(batch, carried.state, keep)
-        return state, Values(daily, static, max(residuals, default=None))
+        sums, months = self._months(block, daily, carried.sums)
+        values = Values(daily, static, months, max(residuals, default=None))
+        return carried._replace(day=block.stop, state=state, sums=sums), values
+
+    def _months(
+        self, block: Period, daily: Mapping[str, Float32Array], sums: Mapping[str, FloatArray]
+    ) -> tuple[dict[str, FloatArray], dict[Period, dict[str, Float32Array]]]:
+        """Sums over the month that goes on after a block, and means over the months that end in it."""
+        ended: dict[Period, dict[str, Float32Array]] = {}
+        going_on = dict(sums)
+        for month in _months_of(block):
+            part = month.common(block)
+            assert part is not None, "a month of the block"
+            days = slice(part.first - block.first, part.first - block.first + part.n_days)
+            for name in self.monthly:
+                total = daily[name][:, days].sum(axis=1, dtype=np.float64)
+                going_on[name] = total if part.start == month.start else going_on.get(name, 0.0) + total
+            if part.stop == month.stop and month.start >= self.days.period.start:
+                ended[month] = {n: np.asarray(going_on[n] / month.n_days, np.float32) for n in self.monthly}
+        return going_on, ended
+
+
+def _months_of(block: Period) -> tuple[Period, ...]:
+    """The calendar months that hold days of a block."""
+    after = (as_date(block.first + block.n_days - 1).replace(day=1) + timedelta(days=31)).replace(day=1)
+    return Period(block.start.replace(day=1), after).months()
 
 
 def constants_of(ensemble: Ensemble, source: Source, names: Sequence[str]) -> dict[str, Float32Array]:

@@ -162,7 +162,9 @@ class _TileRun:
         self.context, self.tile = context, tile
         days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
         outputs = (*layout.daily, *layout.static)
-        self.simulation = TileSimulation(plan.source, plan.spec, context.ensemble, tile, days, outputs)
+        self.simulation = TileSimulation(
+            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly
+        )
 
     def carried_to(self, day: date, carried: Carried | None) -> Carried:
         """What is remembered when ``day`` begins: carried over or kept, else worked out without writing."""
@@ -184,8 +186,7 @@ class _TileRun:
         with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
             stretch = _Stretch(self.context, self.tile, gap.start, writer)
             for block, batch in self.simulation.blocks(gap):
-                state, values = self.simulation.outputs(batch, carried)
-                carried = carried._replace(day=block.stop, state=state)
+                carried, values = self.simulation.step(block, batch, carried)
                 stretch.write(block, batch, values)
                 if block.stop in ends:
                     stretch.finish(carried)
@@ -199,7 +200,7 @@ class _Stretch:
     def __init__(self, context: TileContext, tile: Tile, start: date, writer: ThreadPoolExecutor) -> None:
         self.context, self.tile, self.start, self.writer = context, tile, start, writer
         self.started = time.monotonic()
-        self.static, self.blocks, self.forcing = "", list[str](), hashlib.sha256()
+        self.static, self.blocks, self.months, self.forcing = "", list[str](), list[str](), hashlib.sha256()
         self.missing, self.residual = 0, list[float]()
         self.writing: Future[str] | None = None
 
@@ -208,7 +209,7 @@ class _Stretch:
         self._wait()
         if block.start == self.context.plan.layout.period.start:
             self.static = self.context.cube.write_static(self.tile, values.static) if values.static else ""
-        self.writing = self.writer.submit(self.context.cube.write, self.tile, block, values.daily)
+        self.writing = self.writer.submit(self._written, block, values)
         self.forcing.update(batch.forcing.numpy().tobytes())
         self.missing += values.n_missing()
         self.residual += [] if values.residual is None else [values.residual]
@@ -223,12 +224,18 @@ class _Stretch:
             fingerprint=layout.fingerprint,
             static=self.static,
             blocks=tuple(self.blocks),
+            months=tuple(self.months),
             forcing=self.forcing.hexdigest(),
             missing=self.missing,
             residual=max(self.residual, default=None),
             seconds=round(time.monotonic() - self.started, 3),
         )
         self.context.ledger.record(tile, Period(self.start, carried.day), receipt)
+
+    def _written(self, block: Period, values: Values) -> str:
+        for month, means in values.months.items() if self.context.plan.layout.monthly else ():
+            self.months.append(self.context.cube.write_month(self.tile, month, means))
+        return self.context.cube.write(self.tile, block, values.daily)
 
     def _wait(self) -> None:
         if self.writing is not None:

@@ -166,6 +166,7 @@ def receipt(fingerprint: str = "abc", static: str = "s", blocks: tuple[str, ...]
         fingerprint=fingerprint,
         static=static,
         blocks=blocks,
+        months=(),
         forcing="f",
         missing=0,
         residual=1e-5,

@@ -287,6 +287,33 @@ def test_an_edited_cube_is_refused(world_url: str, cache: Path, job: str, cube: 
         open_context(planned, str(cube), NO_OPTIONS)
 
 
+def test_monthly_means_are_those_of_whole_months(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    def ending(stop: str) -> Settings:
+        data = {"url": world_url, "period": f"2001-01-20..2001-{stop}"}
+        chosen = {**DAILY, "monthly": True, "baseline": "2001-01-20..2001-02-10"}
+        return small_settings(world_url, cache, data=data, inference=chosen)
+
+    cubes = {name: tmp_path / name / "cube.zarr" for name in ("at once", "one by one")}
+    for name, ends in (("at once", ["02-26", "04-02"]), ("one by one", ["02-26", "03-01", "03-02", "04-02"])):
+        for k, stop in enumerate(ends):
+            infer(client, ending(stop), job, cubes[name], append=k > 0)
+        assert verify_cube(str(cubes[name]), NO_OPTIONS).complete
+    assert objects(cubes["at once"]) == objects(cubes["one by one"])
+    with xr.open_zarr(cubes["at once"], chunks=None) as opened:
+        cube = opened.load()
+    assert [str(month)[:10] for month in cube["month"].values] == ["2001-02-01", "2001-03-01"]
+    whole = cube["runoff"].sel(time=slice("2001-02-01", "2001-03-31"))
+    expected = whole.resample(time="MS").mean(skipna=False).values
+    np.testing.assert_allclose(cube["runoff_monthly"].values, expected, rtol=1e-5, atol=1e-7)
+    assert cube["runoff_monthly"].attrs["cell_methods"] == "month: mean realization: mean"
+    assert "runoff_spread_monthly" in cube
+    next(p for p in (cubes["at once"] / "runoff_monthly" / "c" / "1").rglob("*") if p.is_file()).unlink()
+    (problem,) = verify_cube(str(cubes["at once"]), NO_OPTIONS).damaged.values()
+    assert problem == "means of 2001-03-01..2001-04-01 are not those that were written"
+
+
 @pytest.mark.parametrize(
     ("gap", "every", "expected"),
     [
