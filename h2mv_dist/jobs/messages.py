@@ -6,11 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
 TaskKind = Literal["fold", "summary", "tile", "finish"]
-FailureKind = Literal["refused", "machine", "failed", "peer", "preempted", "cancelled"]
+FailureKind = Literal["refused", "machine", "full", "busy", "failed", "peer", "preempted", "cancelled"]
 """Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
 
-refused: our own checks said no, and would again. machine: a process, worker or device broke. failed: any
-other error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
+refused: our own checks said no, and would again. machine: a process, worker or device broke. full: a store or
+disk has no room. busy: a store failed, or memory is taken, which may be different later. failed: any other
+error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
 """
 
 

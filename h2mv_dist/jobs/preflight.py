@@ -22,9 +22,10 @@ from dask.utils import format_bytes
 
 import h2mv_dist
 from h2mv_dist.config import Settings, canonical_json
-from h2mv_dist.errors import H2mvError, JobError, describe
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
-from h2mv_dist.jobs.tasks import Place
+from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
 
 BYTES_PER_HIDDEN: Final = 44
@@ -82,20 +83,22 @@ def agree(
         What rank 0 decided.
 
     Raises:
-        JobError: the gang must not start.
+        JobError: the gang must not start (rank 0).
+        RankError: rank 0 could not start the gang, for its very reason (the other ranks).
     """
     store.set(f"facts/{place.rank}", json.dumps(own))
     if place.rank != 0:
         answer = json.loads(store.get("agreed"))
-        if "refused" in answer:
-            raise JobError(answer["refused"])
+        if "failure" in answer:
+            raise RankError(Failure(**answer["failure"]))
         return dict(answer["decisions"])
     try:
         everyone = [json.loads(store.get(f"facts/{rank}")) for rank in range(place.world)]
         check(everyone)
         decisions = dict(decide(everyone))
-    except H2mvError as error:
-        store.set("agreed", json.dumps({"refused": str(error)}))
+    except Exception as error:
+        # with its kind: what may pass for rank 0 must not be final for another one
+        store.set("agreed", json.dumps({"failure": failure_of(error)._asdict()}))
         raise
     store.set("agreed", json.dumps({"decisions": decisions}))
     return decisions

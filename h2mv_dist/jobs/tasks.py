@@ -1,5 +1,6 @@
 """What a worker is asked to do; imported by the scheduler too, so nothing heavy is imported here."""
 
+import errno
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -72,17 +73,20 @@ def run_unit(message: Message, place: Place) -> dict[str, Any]:
     """
     try:
         return {"failure": None, "result": _result(message, place)}
-    except RankError as error:
-        return {"failure": error.failure, "result": None}
     except Exception as error:
         return {"failure": failure_of(error), "result": None}
 
 
 def failure_of(error: BaseException) -> Failure:
     """What an exception says of another attempt: our own checks would refuse again, a store may recover."""
-    if not isinstance(error, H2mvError):
-        return Failure("failed", "".join(traceback.format_exception(error)))
-    return Failure("failed" if isinstance(error, StoreError) else "refused", str(error))
+    if isinstance(error, RankError):
+        return error.failure
+    if isinstance(error, StoreError):
+        return Failure("full" if error.full else "busy", str(error))
+    if isinstance(error, H2mvError):
+        return Failure("refused", str(error))
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Failure("full" if full else "failed", "".join(traceback.format_exception(error)))
 
 
 def _result(message: Message, place: Place) -> Any:
