@@ -224,9 +224,17 @@ class Coordinator(SchedulerPlugin):
     def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
         if failed.failure.kind == "machine" and failed.slot:
             self.health.blame(failed.slot, failed.failure.reason)
-        unit.end(Failure("cancelled", "cancelled") if job.cancelled else failed.failure)
+        unit.end(Failure("cancelled", "cancelled") if job.cancelled else failed.failure, time.monotonic())
+        if unit.pause:
+            asyncio.get_running_loop().call_later(unit.pause, self._queue_again, job, unit)
+        else:
+            self._queue_again(job, unit)
+
+    def _queue_again(self, job: Job, unit: Unit) -> None:
+        """Queue a unit that failed, unless it is over by now."""
         if unit.state == "queued":
             self._queue(job, unit)
+            self.pump()
 
     async def _attempt(self, job: Job, unit: Unit, gang: _Gang) -> Any:
         """Run all ranks of a gang; one failure or loss ends them all."""

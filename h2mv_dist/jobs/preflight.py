@@ -109,17 +109,20 @@ def check(everyone: Sequence[Facts]) -> None:
 
     Raises:
         JobError: says which rank differs, and in what.
+        RankError: a rank has no room at present.
     """
     for key, fix in _ALIKE.items():
         for rank, facts in enumerate(everyone):
             if facts[key] != everyone[0][key]:
-                _refuse(f"ranks differ in {key}", rank, facts, everyone[0][key], facts[key], fix)
+                what = f"ranks differ in {key}"
+                raise JobError(_described(what, rank, facts, everyone[0][key], facts[key], fix))
     devices: dict[tuple[str, str], int] = {}
     for rank, facts in enumerate(everyone):
         first = devices.setdefault((facts["host"], facts["device"]), rank)
         if first != rank:
             fix = "start one worker for each GPU, as dask-cuda does"
-            _refuse("two ranks share a device", rank, facts, "a device of its own", facts["device"], fix)
+            own, shared = "a device of its own", facts["device"]
+            raise JobError(_described("two ranks share a device", rank, facts, own, shared, fix))
     for rank, facts in enumerate(everyone):
         _check_room(rank, facts, sum(other["host"] == facts["host"] for other in everyone))
 
@@ -127,23 +130,23 @@ def check(everyone: Sequence[Facts]) -> None:
 def _check_room(rank: int, facts: Facts, ranks_on_host: int) -> None:
     shared = ranks_on_host if facts["device"].startswith("cpu") else 1
     needed = facts["needed_memory"] * shared
+    free = f"{format_bytes(facts['free_memory'])} free"
     if needed > facts["free_memory"]:
         fix = "set training.cells_at_once, lower training.batch_size, or raise training.ranks"
         expected = f"about {format_bytes(needed)} for a step"
-        _refuse("a step does not fit into memory", rank, facts, expected, _free(facts, "memory"), fix)
+        message = _described("a step does not fit into memory", rank, facts, expected, free, fix)
+        # others may use the memory only for a while
+        raise RankError(Failure("busy", message))
+    free = f"{format_bytes(facts['free_disk'])} free"
     if facts["free_disk"] < SPARE_DISK:
         fix = "free space, or choose another folder with training.cache"
         expected = f"at least {format_bytes(SPARE_DISK)} free for the cache"
-        _refuse("the disk is full", rank, facts, expected, _free(facts, "disk"), fix)
+        raise RankError(Failure("full", _described("the disk is full", rank, facts, expected, free, fix)))
 
 
-def _free(facts: Facts, what: str) -> str:
-    return f"{format_bytes(facts[f'free_{what}'])} free"
-
-
-def _refuse(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> None:
+def _described(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> str:
     where = f"rank {rank} on {facts['host']}"
-    raise JobError(describe(what, where=where, expected=str(expected), actual=str(actual), fix=fix))
+    return describe(what, where=where, expected=str(expected), actual=str(actual), fix=fix)
 
 
 def check_all_reduce(world: int, device: torch.device) -> None:

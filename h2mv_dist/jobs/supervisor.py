@@ -29,7 +29,7 @@ from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
-from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, report, worker_host
+from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, failure_of, report, worker_host
 
 POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0
@@ -44,18 +44,19 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
 
     Raises:
         RankError: with the rank's own traceback.
+        StoreError: it cannot be recorded who runs the rank.
     """
     fold = JobFolder(message["folder"], StorageOptions(message["storage_options"])).fold(message["fold"])
     record = fold.attempt(place.attempt)
     with one_rank, tempfile.TemporaryFile() as log:
         started = _who(place)
-        record.write_rank(place.rank, started)
         failure: Failure | None = None
         try:
+            record.write_rank(place.rank, started)
             with _child(message, place, log) as child:
                 return _Watch(child, message, place, started).until_the_end()
-        except RankError as error:
-            failure = error.failure
+        except Exception as error:
+            failure = failure_of(error)
             raise
         finally:
             close_rendezvous(place.gang)

@@ -8,6 +8,7 @@ import pytest
 
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs.handle import running
+from h2mv_dist.jobs.messages import FIRST_PAUSE_SECONDS
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import job_id, submit_training
 from h2mv_dist.jobs.worlds import make_world
@@ -15,7 +16,7 @@ from tests.conftest import ProxiedS3, S3Server
 from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import NewSettings, settings_file, train
 from tests.faults.disks import over, small_disk
-from tests.faults.folds import END_SECONDS, FinalBytes, final, under_way
+from tests.faults.folds import END_SECONDS, FinalBytes, final, seat_of, under_way
 from tests.faults.processes import DaskProcesses
 from tests.jobs.conftest import NO_OPTIONS
 from tests.jobs.processes import wait_until
@@ -107,6 +108,36 @@ def test_a_full_disk_is_waited_for(new_settings: NewSettings, reference: FinalBy
             filler.unlink()
             assert trained.wait(END_SECONDS) == 0, log.read_text()
         assert fold.state().attempt == 1, "the rank just waited"
+        assert final(fold) == reference
+
+
+def test_a_fold_that_starts_again_waits_for_room(
+    new_settings: NewSettings, reference: FinalBytes, tmp_path: Path
+) -> None:
+    """The disk is full when a rank dies: its fold is begun anew when there is room, and not given up before."""
+    with small_disk(tmp_path / "disk") as disk, DaskProcesses(tmp_path / "dask") as dask:
+        url = str(disk.inside / "job")
+        fold = JobFolder(str(disk.outside / "job"), NO_OPTIONS).fold(0)
+        settings = settings_file(tmp_path, new_settings(attempts=2))
+        dask.start_scheduler()
+        for name in ("w0", "w1"):
+            dask.start_worker(name, wrapper=disk.wrapper)
+        dask.wait_for_workers(2)
+        log = tmp_path / "client.log"
+        with (
+            train(dask, log, settings, "--job", url, wrapper=disk.wrapper) as trained,
+            dask.client() as client,
+        ):
+            under_way(fold)
+            filler = disk.fill()
+            job = running(client, job_id("train", url))
+            assert job is not None
+            dask.workers[seat_of(fold, 1).name].rank.kill()
+            wait_until(lambda: job.status()["units"][0]["pause"] > FIRST_PAUSE_SECONDS, "two pauses")
+            wait_until(lambda: "fold-00: waits, the store is full" in log.read_text(), "a word to the user")
+            filler.unlink()
+            assert trained.wait(END_SECONDS) == 0, log.read_text()
+        assert fold.state().attempt >= 2
         assert final(fold) == reference
 
 

@@ -65,6 +65,23 @@ def test_what_ended_rank_0_ends_the_others_for_the_same_reason(
     assert str(problem.args[-1]) in second.reason
 
 
+@pytest.mark.parametrize(
+    ("changed", "kind", "word"),
+    [
+        ({"free_disk": 0}, "full", "training.cache"),
+        ({"free_memory": 0}, "busy", "training.cells_at_once"),
+        ({"device": "cpu of process 0"}, "refused", "share a device"),
+    ],
+)
+def test_only_what_cannot_change_is_final(
+    changed: dict[str, Any], kind: str, word: str, store: dist.Store
+) -> None:
+    for failure in failures(store, None, **changed):
+        assert failure.kind == kind
+        assert "rank 1 on a" in failure.reason
+        assert word in failure.reason
+
+
 def test_a_store_is_not_taken_for_a_peer() -> None:
     error = StoreError("the store kept failing: Connection reset by peer")
     assert rank._failure(error).kind == "busy"

@@ -11,7 +11,9 @@ import pytest
 from distributed import Client
 
 from h2mv_dist.config import validate
+from h2mv_dist.display import _fold_line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
+from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
@@ -127,6 +129,31 @@ def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, t
         handle.wait()
     # all four workers are needed, so this only ends if every one of them is free again
     train(client, world_url, cache, tmp_path / "next", ranks=4, epochs=1)
+
+
+def test_a_store_that_fails_is_tried_again_after_a_pause(
+    client: Client, world_url: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler is in this process."""
+    monkeypatch.setattr(messages, "FIRST_PAUSE_SECONDS", 2.0)
+    in_the_way = tmp_path / "folds" / "00" / "attempts"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("not a folder")
+    settings = small_settings(world_url, cache, training={"epochs": 1, "ranks": 2, "attempts": 2})
+    handle = submit_training(client, settings, str(tmp_path), NO_OPTIONS)
+    paused: list[Mapping[str, Any]] = []
+
+    def watch(status: Mapping[str, Any]) -> None:
+        paused.extend(unit for unit in status["units"] if unit["pause"])
+        if paused and in_the_way.is_file():
+            in_the_way.unlink()
+
+    status = handle.wait(watch)
+    assert {unit["state"] for unit in status["units"]} == {"done"}
+    assert paused[0]["state"] == "queued"
+    assert str(tmp_path) in _fold_line(paused[0])
+    assert "fold-00: waits" in _fold_line(paused[0])
+    assert status["units"][0]["attempt"] == 2
 
 
 def _wait_for_an_epoch(handle: JobHandle) -> None:
