@@ -52,6 +52,7 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
         started = _who(place)
         failure: Failure | None = None
         try:
+            _require_time()
             record.write_rank(place.rank, started)
             with _child(message, place, log) as child:
                 return _Watch(child, message, place, started).until_the_end()
@@ -61,6 +62,16 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
         finally:
             close_rendezvous(place.gang)
             _keep(record, place.rank, started, failure, log)
+
+
+def _require_time() -> None:
+    """Take no rank on a worker that is about to go.
+
+    Raises:
+        RankError: it is.
+    """
+    if leaving.is_set():
+        raise RankError(Failure("preempted", "the worker was leaving already"))
 
 
 def _who(place: Place) -> dict[str, Any]:
@@ -167,6 +178,10 @@ class _Watch:
         code = self.child.process.wait()
         if latest.get("event") in ("error", "preempted"):
             raise RankError(Failure(latest["kind"], latest["reason"]))
+        if code == -signal.SIGTERM:
+            # it came before the rank could listen; from its first line on it would have made a checkpoint
+            reason = f"rank {self.place.rank} was asked to leave before it had begun"
+            raise RankError(Failure("preempted", reason))
         if code != 0:
             reason = f"rank {self.place.rank} {_how_it_ended(code)} without a word"
             raise RankError(Failure("machine", reason))

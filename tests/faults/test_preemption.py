@@ -1,13 +1,25 @@
 """Workers that are asked to leave: the ranks make a checkpoint first, and nobody's attempts are used up."""
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from tests.faults.conftest import NewSettings
-from tests.faults.folds import FinalBytes, assert_recovered, pointer_held, rank_runs, seat_of, under_way
+from tests.faults.folds import (
+    FinalBytes,
+    assert_recovered,
+    final,
+    pointer_held,
+    rank_runs,
+    seat_of,
+    under_way,
+)
 from tests.faults.processes import DaskProcesses, is_alive
 from tests.jobs.conftest import NO_OPTIONS
 from tests.jobs.processes import wait_until
@@ -18,6 +30,17 @@ DASK_WAITS_SECONDS = 8.0
 """For a worker whose nanny was asked to leave."""
 
 
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[DaskProcesses]:
+    """Three workers with a memory limit, as batch systems give them; Dask then watches over their memory."""
+    with DaskProcesses(tmp_path / "dask") as dask:
+        dask.start_scheduler()
+        for name in ("w0", "w1", "w2"):
+            dask.start_worker(name, "--memory-limit", "3GiB")
+        dask.wait_for_workers(3)
+        yield dask
+
+
 @pytest.mark.parametrize(
     ("asked", "slow_seconds"),
     [("worker", 0.0), ("nanny", 0.0), ("nanny", DASK_WAITS_SECONDS + 4.0)],
@@ -26,18 +49,16 @@ DASK_WAITS_SECONDS = 8.0
 def test_a_worker_is_asked_to_leave(
     asked: str,
     slow_seconds: float,
-    own: DaskProcesses,
+    limited: DaskProcesses,
     new_settings: NewSettings,
     reference: FinalBytes,
     folder: JobFolder,
 ) -> None:
     fold = folder.fold(0)
-    own.start_worker("spare")
-    own.wait_for_workers(3)
-    with own.client() as client:
+    with limited.client() as client:
         job = submit_training(client, new_settings(attempts=1), folder.url, NO_OPTIONS)
         under_way(fold)
-        leaving = own.workers[seat_of(fold, 1).name]
+        leaving = limited.workers[seat_of(fold, 1).name]
         with pointer_held(fold):
             (leaving.process if asked == "worker" else leaving.nanny).terminate()
             time.sleep(slow_seconds)
@@ -47,3 +68,27 @@ def test_a_worker_is_asked_to_leave(
     assert {run.kind for run in rank_runs(fold) if run.attempt == 1} == {"preempted"}
     assert leaving.name not in {run.name for run in rank_runs(fold) if run.attempt > 1}
     wait_until(lambda: not is_alive(leaving.nanny), "the end of the worker")
+    assert "Resuming worker" not in limited.log(f"worker-{leaving.name}").read_text()
+
+
+def test_a_rank_is_asked_to_leave_before_it_listens(
+    own: DaskProcesses, new_settings: NewSettings, reference: FinalBytes, folder: JobFolder
+) -> None:
+    """Batch systems send SIGTERM to every process, whatever it is about to do."""
+    fold = folder.fold(0)
+    with own.client() as client:
+        job = submit_training(client, new_settings(attempts=1), folder.url, NO_OPTIONS)
+        newborn: list[psutil.Process] = []
+
+        def born() -> bool:
+            with suppress(ValueError):
+                newborn.append(own.workers["w1"].rank)
+            return bool(newborn)
+
+        wait_until(born, "a rank")
+        newborn[0].terminate()
+        job.wait()
+    assert final(fold) == reference
+    kinds = {run.kind for run in rank_runs(fold) if run.attempt == 1}
+    assert "preempted" in kinds
+    assert any("before it had begun" in run.reason for run in rank_runs(fold)), kinds

@@ -114,7 +114,7 @@ def test_a_full_disk_is_waited_for(new_settings: NewSettings, reference: FinalBy
 def test_a_fold_that_starts_again_waits_for_room(
     new_settings: NewSettings, reference: FinalBytes, tmp_path: Path
 ) -> None:
-    """The disk is full when a rank dies: its fold is begun anew when there is room, and not given up before."""
+    """The disk is full when a rank dies: its fold waits for room and goes on."""
     with small_disk(tmp_path / "disk") as disk, DaskProcesses(tmp_path / "dask") as dask:
         url = str(disk.inside / "job")
         fold = JobFolder(str(disk.outside / "job"), NO_OPTIONS).fold(0)
