@@ -271,7 +271,7 @@ class Coordinator(SchedulerPlugin):
 
     async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
         """Result of the first rank, once all are done."""
-        rendezvous = await self._rendezvous(gang) if unit.ranks_meet else None
+        rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
         history = {"before": unit.error, "quarantined": dict(self.health.quarantined)}
         for rank, seat in enumerate(gang.seats):
             place = tasks.Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
@@ -284,9 +284,11 @@ class Coordinator(SchedulerPlugin):
             raise _AttemptError(*min(failures, key=lambda f: _SEVERITY.index(f[0].kind)))
         return (await futures[0])["result"]
 
-    async def _rendezvous(self, gang: _Gang) -> tuple[str, int]:
-        key = f"{gang.name}/rendezvous"
-        future = self.client.submit(tasks.open_rendezvous, gang.name, key=key, **_pinned(gang.seats[0]))
+    async def _rendezvous(self, unit: Unit, gang: _Gang) -> tuple[str, int]:
+        key, ports = f"{gang.name}/rendezvous", unit.spec["settings"]["cluster"]["port_range"]
+        future = self.client.submit(
+            tasks.open_rendezvous, gang.name, ports, key=key, **_pinned(gang.seats[0])
+        )
         address: tuple[str, int] = await future
         return address
 

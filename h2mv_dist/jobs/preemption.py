@@ -48,8 +48,8 @@ class Preemption(WorkerPlugin):
             await _ranks_have_left()
 
     def _on_signal(self) -> None:
-        # a paused worker finishes what it does, and is given nothing more; Dask, which pauses workers for want
-        # of memory, would let it run again at once
+        # A paused worker finishes what it does, and is given nothing more. Dask pauses workers that are short
+        # of memory, too, and would let this one run again at once.
         if (manager := self.worker.memory_manager) is not None:
             manager.memory_pause_fraction = False
         self.worker.status = Status.paused

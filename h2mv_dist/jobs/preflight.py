@@ -38,13 +38,12 @@ _ALIKE: Final = {
     "code": "install the same version of h2mv-dist on every worker",
     "versions": "install the same packages on every worker",
     "data": "do not change the data while a job starts; start again",
-    "token": "use a job folder that every host sees under the same path or URL",
 }
 
 Facts = Mapping[str, Any]
 
 
-def gather_facts(settings: Settings, staged: StagedCells, device: torch.device, token: str | None) -> Facts:
+def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) -> Facts:
     """What a rank knows of itself; all of it is also kept in the record."""
     return {
         "host": socket.gethostname(),
@@ -52,7 +51,6 @@ def gather_facts(settings: Settings, staged: StagedCells, device: torch.device, 
         "code": code_fingerprint(),
         "versions": {**code_versions(), "python": platform.python_version()},
         "data": staged.path.name,
-        "token": token,
         "free_memory": _free_memory(device),
         "free_disk": shutil.disk_usage(staged.path).free,
         "needed_memory": step_bytes(settings, staged.period.n_days),

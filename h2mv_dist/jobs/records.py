@@ -21,6 +21,7 @@ count. It is moved by compare-and-swap, so an attempt that was thought dead and 
 import json
 import re
 import secrets
+import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -357,6 +358,24 @@ class JobFolder:
         """The word, or None if it is not here."""
         record = _read_json(stores.join(self.url, _TOKEN), self.options)
         return None if record is None else str(record["token"])
+
+    def require_token(self, expected: str) -> None:
+        """Check that this host sees the folder the job was submitted with, and not another one of that name.
+
+        Raises:
+            JobError: there is another word here, or none.
+        """
+        found = self.token()
+        if found != expected:
+            raise JobError(
+                describe(
+                    "this host does not see the job folder",
+                    where=f"{stores.displayed(self.url)} on {socket.gethostname()}",
+                    expected=f"the token {expected}, which was written when the job was submitted",
+                    actual=found or "no token there",
+                    fix="use an object store, or a path on a file system that all hosts share",
+                )
+            )
 
     def exists(self) -> bool:
         """Whether a job was created here."""

@@ -108,11 +108,14 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
     """
     training, folder = plan.settings.training, plan.folder
     require_workers(client, training.ranks, "training.ranks")
-    require_shared(client, folder)
+    token = require_shared(client, folder)
     folder.create(plan.settings)
     for run in plan.runs:
         run.folder.create(run.variant.settings)
     common = {
+        # of the whole job; the units of a sweep have folders of their own
+        "root": folder.url,
+        "token": token,
         "folder": folder.url,
         "storage_options": folder.options.reveal(),
         "data": plan.data,

@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def facts(number: int, **changed: Any) -> dict[str, Any]:
-    alike = dict.fromkeys(("code", "versions", "data", "token"), "the same")
+    alike = dict.fromkeys(("code", "versions", "data"), "the same")
     room = {"free_memory": GIB, "free_disk": GIB, "needed_memory": 1}
     return {**alike, **room, "host": "a", "device": f"cpu of process {number}", **changed}
 
