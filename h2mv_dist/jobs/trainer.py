@@ -182,7 +182,9 @@ def train_rank(
         check_all_reduce(ranks.world, device)
         writer = claimed[0] if claimed else None
         record = job.fold(fold.index)
-        run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
+        # cells may take long to reach a device
+        with beating(emit):
+            run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
         return run.train(message["submitted"])
 
 
@@ -366,15 +368,17 @@ class FoldRun:
         Returns:
             A summary, or None if a rank was asked to leave; then a checkpoint was made.
         """
-        if self.record.has_checkpoint("last"):
-            self._restore(self.record.read_checkpoint("last"))
         self.submitted: float | None = submitted
-        distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
+        with beating(self.emit):
+            if self.record.has_checkpoint("last"):
+                self._restore(self.record.read_checkpoint("last"))
+            distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
         while not self._finished():
-            if not self._train_epoch(distributed):
+            validated = self._validate() if self._train_epoch(distributed) else None
+            if validated is None:
                 self._persist(self._store_part)
                 return None
-            self._end_epoch()
+            self._end_epoch(validated)
         if not self.progress.best_epoch:
             raise JobError(
                 f"fold {self.fold.index}: the validation loss was not finite in any of "
@@ -419,8 +423,8 @@ class FoldRun:
             self.emit(event="first step", seconds_since_submit=round(time.time() - self.submitted, 3))
             self.submitted = None
 
-    def _end_epoch(self) -> None:
-        trained, validated = self.part.counted(), self._validate()
+    def _end_epoch(self, validated: Tensor) -> None:
+        trained = self.part.counted()
         train, valid = self.loss.value(trained), self.loss.value(validated)
         before = self.progress
         self.progress = before.after(float(valid.total), self.training.plateau_epochs)
@@ -458,11 +462,13 @@ class FoldRun:
         if self.ranks.rank == 0:
             print(f"epoch {self.progress.epoch + 1}: {skipped}", flush=True)
 
-    def _validate(self) -> Tensor:
-        """Statistics of all validation cells, [term, 2]."""
+    def _validate(self) -> Tensor | None:
+        """Statistics of all validation cells, [term, 2]; None if a rank was asked to leave before the end."""
         cells = self.fold.cells("validation")
         total = torch.zeros(len(self.loss.terms), 2, device=self.ranks.device)
         for first in range(0, len(cells), self.training.batch_size):
+            if self.ranks.any(self.leave()):
+                return None
             batch = self._batch(cells[first : first + self.training.batch_size], "validation")
             total += self.objective.evaluate(self.model, batch)
             self.emit(event="beat")
