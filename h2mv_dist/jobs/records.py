@@ -37,6 +37,8 @@ Which = Literal["best", "last"]
 _STATE: Final = "state.json"
 _TOKEN: Final = "token.json"
 _READERS: Final = 8
+UNFINISHED_SECONDS: Final = 86_400.0
+"""Age at which nobody is writing a file any more."""
 _CHECKPOINT: Final = re.compile(r"\d+-(\d+)-\w+\.safetensors")
 
 
@@ -122,6 +124,7 @@ class FoldRecord:
             if version is not None:
                 writer = FoldWriter(self, state, version)
                 writer.delete_unused()
+                stores.delete_unfinished(self.url, self.options, UNFINISHED_SECONDS)
                 return writer
 
     def has_checkpoint(self, which: Which) -> bool:

@@ -35,6 +35,8 @@ POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0
 LEAVE_SECONDS: Final = 20.0
 """How long a rank that was asked to leave may take."""
+LOG_BYTES: Final = 4 * 2**20
+"""What is kept of a rank's log; its end says why the rank ended."""
 
 _log = logging.getLogger(__name__)
 
@@ -90,10 +92,10 @@ def _keep(
 ) -> None:
     """Write how it ended and what it printed; a store that fails now must not hide the failure itself."""
     ended = {"kind": "done", "reason": ""} if failure is None else failure._asdict()
-    log.seek(0)
+    log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
     try:
         record.write_rank(rank, {**started, "ended": time.time(), "outcome": ended})
-        record.write_log(rank, log.read())
+        record.write_log(rank, log.read(LOG_BYTES))
     except StoreError as error:
         _log.warning("the log of rank %d could not be kept: %s", rank, error)
 

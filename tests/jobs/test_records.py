@@ -1,13 +1,17 @@
 """A fold's records: what counts, who may say so, and what a stale attempt cannot do."""
 
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.io import stores
-from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
+from h2mv_dist.jobs.records import UNFINISHED_SECONDS, FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.model.checkpoint import Checkpoint
 from tests.conftest import Place
 from tests.model.test_checkpoint import checkpoint
@@ -119,6 +123,17 @@ def test_the_end_clears_away_what_stale_attempts_left(place: Place) -> None:
     write(current, 1)
     current.mark_done({"epoch": 1})
     assert set(checkpoints(fold)) == fold.state().names
+
+
+def test_what_killed_processes_were_writing_is_deleted_a_day_later(tmp_path: Path) -> None:
+    fold = JobFolder(str(tmp_path), StorageOptions()).fold(0)
+    left, written = (Path(fold.path(f"checkpoints/.h2mv-part-{n}")) for n in ("left", "written"))
+    left.parent.mkdir(parents=True)
+    for path in (left, written):
+        path.write_bytes(b"half a check")
+    os.utime(left, (0, time.time() - 1.1 * UNFINISHED_SECONDS))
+    fold.claim(1, "gang-1")
+    assert (left.exists(), written.exists()) == (False, True)
 
 
 def test_a_checkpoint_within_an_epoch_is_where_a_resume_starts(place: Place) -> None:
