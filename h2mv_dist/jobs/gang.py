@@ -131,9 +131,11 @@ class Coordinator(SchedulerPlugin):
             return None
         return {**self.jobs[job].status(), "quarantined": dict(self.health.quarantined)}
 
-    async def cancel(self, job: str) -> None:
-        """Stop a job's units; workers are free within a second."""
-        cancelled = self.jobs[job]
+    async def cancel(self, job: str) -> bool:
+        """Stop a job's units; workers are free within a second. False if there was nothing to stop."""
+        cancelled = self.jobs.get(job)
+        if cancelled is None or cancelled.finished:
+            return False
         cancelled.cancelled = True
         self.queue = [turn for turn in self.queue if turn.job is not cancelled]
         for unit in cancelled.all_units():
@@ -142,6 +144,7 @@ class Coordinator(SchedulerPlugin):
         for gang in self.leases.values():
             if gang.job == job:
                 gang.end(Failure("cancelled", "cancelled"))
+        return True
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """A worker joined: it may complete a gang."""

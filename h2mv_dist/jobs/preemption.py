@@ -57,7 +57,8 @@ class Preemption(WorkerPlugin):
 
     async def _leave(self) -> None:
         await _ranks_have_left()
-        await self.worker.close_gracefully(reason="SIGTERM")
+        if self.worker.status not in _CLOSING:
+            await self.worker.close_gracefully(reason="SIGTERM")
 
 
 class NannyPreemption(NannyPlugin):

@@ -1,5 +1,6 @@
 """Workers that are asked to leave: the ranks make a checkpoint first, and nobody's attempts are used up."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,10 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from h2mv_dist.jobs.preemption import LEAVE_SECONDS
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
-from tests.faults.conftest import NewSettings
+from tests.faults.conftest import NewSettings, settings_file
 from tests.faults.folds import (
+    END_SECONDS,
     FinalBytes,
     assert_recovered,
     final,
@@ -22,7 +25,7 @@ from tests.faults.folds import (
 )
 from tests.faults.processes import DaskProcesses, is_alive
 from tests.jobs.conftest import NO_OPTIONS
-from tests.jobs.processes import wait_until
+from tests.jobs.processes import process, wait_until
 
 pytestmark = [pytest.mark.slow]
 
@@ -69,6 +72,34 @@ def test_a_worker_is_asked_to_leave(
     assert leaving.name not in {run.name for run in rank_runs(fold) if run.attempt > 1}
     wait_until(lambda: not is_alive(leaving.nanny), "the end of the worker")
     assert "Resuming worker" not in limited.log(f"worker-{leaving.name}").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_with_workers_of_its_own_is_asked_to_leave(
+    number: signal.Signals,
+    code: int,
+    new_settings: NewSettings,
+    reference: FinalBytes,
+    folder: JobFolder,
+    tmp_path: Path,
+) -> None:
+    """A batch job that reaches its time limit, or Ctrl-C: within the epoch, and resumed to the bit."""
+    fold, log = folder.fold(0), tmp_path / "log"
+    own = ("--set", "cluster.kind=local", "--set", "cluster.workers=2")
+    first = ("train", settings_file(tmp_path, new_settings()), "--job", folder.url, *own)
+    with process(log, "h2mv_dist.cli", *first) as trained:
+        under_way(fold)
+        with pointer_held(fold):
+            trained.send_signal(number)
+            wait_until(lambda: "the job stops with its cluster" in log.read_text(), "a word", log)
+        assert trained.wait(LEAVE_SECONDS) == code, log.read_text()
+    assert "part" in fold.state().last
+    assert {run.kind for run in rank_runs(fold)} == {"preempted"}
+    assert f"h2mv-dist train --resume {folder.url}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    with process(log, "h2mv_dist.cli", "train", "--resume", folder.url, *own) as resumed:
+        assert resumed.wait(END_SECONDS) == 0, log.read_text()
+    assert final(fold) == reference
 
 
 def test_a_rank_is_asked_to_leave_before_it_listens(

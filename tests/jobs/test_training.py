@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 from distributed import Client
 
+from h2mv_dist.cli import app
 from h2mv_dist.config import validate
 from h2mv_dist.display import _fold_line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
+from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.training import submit_training
+from h2mv_dist.jobs.training import cancel_jobs, submit_training
+from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.processes import process, wait_until
 
 
 def train(client: Client, world_url: str, cache: Path, folder: Path, **training: object) -> JobFolder:
@@ -154,6 +158,29 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
     assert str(tmp_path) in _fold_line(paused[0])
     assert "fold-00: waits" in _fold_line(paused[0])
     assert status["units"][0]["attempt"] == 2
+    assert not handle.cancel(), "there is nothing left to cancel"
+    assert not handle.status()["cancelled"]
+
+
+def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(world_url, cache, training={"epochs": 10_000, "patience": 10_000})
+    url, log = str(tmp_path / "job"), tmp_path / "log"
+    address = ("--address", scheduler_address(client))
+    handle = submit_training(client, settings, url, NO_OPTIONS)
+    _wait_for_an_epoch(handle)
+    command = ("train", settings_file(tmp_path, settings), "--job", url, *address)
+    with process(log, "h2mv_dist.cli", *command) as watching:
+        wait_until(lambda: "fold-00: running, epoch" in log.read_text(), "a watcher", log)
+        assert "the job is running already" in log.read_text()
+        app(["cancel", url, *address], standalone_mode=False)
+        assert watching.wait(30) == 2
+    assert "was cancelled" in log.read_text()
+    assert handle.status()["cancelled"]
+    for known in (url, "/never/submitted"):
+        with pytest.raises(JobError, match=f"no such job is running(.|\n)*{known}"):
+            cancel_jobs(client, known)
 
 
 def _wait_for_an_epoch(handle: JobHandle) -> None:
