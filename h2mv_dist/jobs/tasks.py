@@ -3,7 +3,7 @@
 import errno
 import socket
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlparse
 
@@ -139,10 +139,16 @@ def open_rendezvous(gang: str, port_range: str | None) -> tuple[str, int]:
 
 def _allowed_ports(port_range: str | None) -> Sequence[int]:
     """Ports to meet on, in the order to try them; 0 stands for any free one."""
-    own: list[int] = parse_ports(get_worker()._start_port)
-    wanted: list[int] = parse_ports(port_range or 0)
+    own = _ports(get_worker()._start_port)
+    # a worker with one port only has taken it itself
+    chosen = own if len(own) > 1 else _ports(port_range)
     # workers and nannies take the first ones, also when they are restarted
-    return tuple(reversed(own if len(own) > 1 else wanted))
+    return tuple(reversed(chosen)) or (0,)
+
+
+def _ports(given: int | str | Collection[int] | None) -> list[int]:
+    """The ports of a range as Dask writes it; none where any would do."""
+    return [port for port in parse_ports(given) if port]
 
 
 def _listener(host: str, ports: Sequence[int]) -> socket.socket:
