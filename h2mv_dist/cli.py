@@ -338,8 +338,9 @@ def _leaving_gracefully(settings: Settings, folder: str) -> Iterator[None]:
         fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
         console.print(f"{fate} with: h2mv-dist train --resume {folder}", soft_wrap=True)
         raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED) from None
-    else:
-        signal.signal(signal.SIGTERM, before)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def require_shared(client: Client, folder: JobFolder) -> str:
     answers = client.sync(_ask, client, message, asked)
     silent = sorted(set(asked) - {answer.worker for answer in answers})
     for worker in silent:
-        _log.warning("worker %s does not answer within %g s", worker, ANSWER_SECONDS)
+        _log.warning("worker %s does not answer, waited for %g s", worker, ANSWER_SECONDS)
     if not answers:
         raise JobError(_nobody_answers(silent))
     wrong = [answer for answer in answers if answer.token != token]
@@ -62,10 +62,11 @@ async def _ask(client: Client, message: Message, workers: Sequence[str]) -> list
     async def ask(worker: str) -> _Answer | None:
         asking = client._run(_read_token, message, workers=[worker], on_error="return")
         try:
-            found = await asyncio.wait_for(asking, ANSWER_SECONDS)
+            found = (await asyncio.wait_for(asking, ANSWER_SECONDS))[worker]
         except TimeoutError:
             return None
-        return _Answer(worker, found[worker])
+        # its connection may break, too
+        return None if isinstance(found, OSError) else _Answer(worker, found)
 
     return [answer for answer in await asyncio.gather(*map(ask, workers)) if answer is not None]
 
