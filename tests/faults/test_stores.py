@@ -1,5 +1,6 @@
 """Stores that fail, lose replies or are full, and hosts that see other files."""
 
+import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import NewSettings, settings_file, train
 from tests.faults.disks import over, small_disk
 from tests.faults.folds import END_SECONDS, FinalBytes, final, seat_of, under_way
-from tests.faults.processes import DaskProcesses
+from tests.faults.processes import DaskProcesses, send
 from tests.jobs.conftest import NO_OPTIONS
 from tests.jobs.processes import wait_until
 
@@ -153,3 +154,22 @@ def test_a_host_that_sees_other_files_is_refused(
     assert "127.0.0.2" in str(no.value)
     assert "no token there" in str(no.value)
     assert not (shared / "job" / "job.json").exists()
+
+
+def test_a_host_that_joins_later_is_refused_by_its_rank(
+    own: DaskProcesses, new_settings: NewSettings, tmp_path: Path
+) -> None:
+    """It takes the place of a lost one, and was not there to be asked when the job was submitted."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    elsewhere = over(shared)
+    fold = JobFolder(str(shared / "job"), NO_OPTIONS).fold(0)
+    with own.client() as client:
+        job = submit_training(client, new_settings(), str(shared / "job"), NO_OPTIONS)
+        under_way(fold)
+        lost = own.workers[seat_of(fold, 1).name]
+        send(signal.SIGKILL, (lost.nanny, lost.process))
+        own.start_worker("elsewhere", "--host", "127.0.0.2", wrapper=elsewhere)
+        with pytest.raises(JobError, match=r"this host does not see the job folder(.|\n)*no token there"):
+            job.wait()
+    assert fold.state().attempt == 1, "it claimed a fold of its own"

@@ -15,6 +15,7 @@ from h2mv_dist.io.folds import fit_scaler, make_folds
 from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs import supervisor
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
+from h2mv_dist.jobs.tasks import RankError
 from h2mv_dist.jobs.trainer import FoldRun, Ranks
 from h2mv_dist.model.registry import chosen_targets, model_kind
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -87,6 +88,16 @@ def test_leaving_during_validation_keeps_the_epoch(
     assert back.run.train(0.0) is not None
     assert parts.checkpoint_bytes("best") == whole.checkpoint_bytes("best")
     assert parts.checkpoint_bytes("last") == whole.checkpoint_bytes("last")
+
+
+def test_a_worker_that_leaves_takes_no_rank() -> None:
+    supervisor.leaving.set()
+    try:
+        with pytest.raises(RankError) as refused:
+            supervisor._require_time()
+    finally:
+        supervisor.leaving.clear()
+    assert refused.value.failure.kind == "preempted", "another worker can have it, for free"
 
 
 def test_the_end_of_a_long_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
