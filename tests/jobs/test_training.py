@@ -16,9 +16,10 @@ from h2mv_dist.display import _fold_line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.cluster import scheduler_address
-from h2mv_dist.jobs.handle import JobHandle
+from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.training import cancel_jobs, submit_training
+from h2mv_dist.jobs.training import cancel_jobs, job_id, submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import process, wait_until
@@ -181,6 +182,14 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     for known in (url, "/never/submitted"):
         with pytest.raises(JobError, match=f"no such job is running(.|\n)*{known}"):
             cancel_jobs(client, known)
+
+
+def test_an_inference_is_cancelled_by_its_cube(client: Client) -> None:
+    name = job_id("infer", "/cube")
+    handle = submit(client, Job(name, {}, (Unit("too large for the cluster", "tile", {}, ranks=99),)))
+    assert cancel_jobs(client, "/cube") == (name,)
+    assert handle.status()["cancelled"]
+    assert handle.status()["finished"]
 
 
 def _wait_for_an_epoch(handle: JobHandle) -> None:
