@@ -1,7 +1,7 @@
 """The command line: parse, load settings, call one job.
 
 Exit codes: 0 done, 1 a comparison failed (``verify``, ``verify-cube``), 2 wrong input or a failed job,
-75 nothing to append yet (EX_TEMPFAIL: a timer may try again), 130 Ctrl-C.
+75 nothing to append yet (EX_TEMPFAIL: a timer may try again), 130 Ctrl-C, 143 SIGTERM.
 """
 
 import json
@@ -39,6 +39,7 @@ FAILED = 1
 WRONG_INPUT = 2
 TRY_LATER = 75
 INTERRUPTED = 130
+TERMINATED = 143
 
 app = typer.Typer(
     name="h2mv-dist",
@@ -115,7 +116,10 @@ def train(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Train with this many seeds each.")] = None,
 ) -> None:
-    """Train the folds of a model: SETTINGS and --job, or --resume. The same command again goes on."""
+    """Train the folds of a model: SETTINGS and --job, or --resume.
+
+    The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
+    """
     from h2mv_dist.display import watching_folds
     from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.handle import running
@@ -129,11 +133,38 @@ def train(
     plan = plan_training(chosen, folder, options)
     with connect(chosen.cluster) as client, _leaving_gracefully(chosen, folder):
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = running(client, job_id("train", folder)) if resume else None
+        handle = running(client, job_id("train", folder))
+        if handle is not None:
+            console.print("the job is running already, with the settings it was started with: watching it")
         handle = handle or start_training(client, plan)
         with watching_folds(console) as watch:
             handle.wait(watch)
     console.print(f"trained; checkpoints, metrics, logs and summary.csv: {folder}", soft_wrap=True)
+
+
+@app.command()
+def cancel(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="JOB", help="Job folder, or cube that is filled (URL).", callback=_place),
+    ],
+    address: Address = None,
+    settings: Annotated[
+        str | None, typer.Option(help="Settings file (TOML); its [cluster] names the scheduler.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
+    from h2mv_dist.jobs.cluster import chosen_kind, connect
+    from h2mv_dist.jobs.training import cancel_jobs
+
+    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
+    chosen = load_cluster(settings, [*(set_ or []), *extra])
+    if chosen_kind(chosen) != "address":
+        raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
+    with connect(chosen) as client:
+        for name in cancel_jobs(client, place):
+            console.print(f"cancelled {name}; the same command that started it goes on", soft_wrap=True)
 
 
 @app.command()
@@ -442,16 +473,30 @@ def _sweep_overrides(sweep: list[str] | None, seeds: int | None) -> list[str]:
     return overrides if seeds is None else [*overrides, f"sweep.seeds={seeds}"]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, after which everything ends as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    # what comes now takes its time, and must not be cut short by a second one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated
+
+
 @contextmanager
 def _leaving_gracefully(settings: Settings, folder: str) -> Iterator[None]:
-    """Say what becomes of the job when the user presses Ctrl-C."""
+    """Say what becomes of the job when the user presses Ctrl-C, or a batch system sends SIGTERM."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         elsewhere = settings.cluster.address or settings.cluster.scheduler_file
         fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
         console.print(f"{fate} with: h2mv-dist train --resume {folder}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED) from None
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

@@ -494,7 +494,8 @@ class ClusterSettings(_Settings):
     interface: str | None = None
     """Network interface to listen on (``ib0``); if left out, loopback, for Slurm the default route's."""
     port_range: str | None = Field(None, pattern=r"^\d{1,5}:\d{1,5}$")
-    """First and last port of the workers and their nannies (``3000:3026``); any free port if left out."""
+    """First and last port of workers, nannies and the place where ranks meet (``3000:3026``); any free ones
+    if left out. Ranks train over gloo or nccl, which need free ports between the hosts besides."""
     local_directory: str | None = None
     """Folder of the workers' scratch files; Dask's own choice if left out."""
     tls: TlsSettings | None = None

@@ -57,8 +57,8 @@ def _state_text(unit: Mapping[str, Any]) -> str:
 
 def _fold_line(unit: Mapping[str, Any]) -> str:
     latest = unit["latest"]
-    if _waits(unit):
-        return f"{unit['name']}: waits, {latest['reason']}"
+    if reason := _waits_for(unit):
+        return f"{unit['name']}: waits, {reason}"
     if "epoch" not in latest:
         return _state_text(unit)
     return (
@@ -67,9 +67,12 @@ def _fold_line(unit: Mapping[str, Any]) -> str:
     )
 
 
-def _waits(unit: Mapping[str, Any]) -> bool:
-    """Whether a rank waits for room in its store."""
-    return bool(unit["state"] == "running" and unit["latest"].get("event") == "waiting")
+def _waits_for(unit: Mapping[str, Any]) -> str:
+    """Why a rank waits for room in its store, or a fold before it is tried again; "" if they do not."""
+    if unit["state"] == "queued" and unit["pause"]:
+        return str(unit["error"])
+    waits = unit["state"] == "running" and unit["latest"].get("event") == "waiting"
+    return str(unit["latest"]["reason"]) if waits else ""
 
 
 def _fold_table(status: Mapping[str, Any]) -> Table:
@@ -79,7 +82,8 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
     for unit in status["units"]:
         latest = unit["latest"]
         losses = (_number(latest.get(k)) for k in ("train_loss", "valid_loss", "best_loss", "seconds"))
-        state = latest["reason"].splitlines()[0] if _waits(unit) else _state(unit["state"])
+        reason = _waits_for(unit)
+        state = reason.splitlines()[0] if reason else _state(unit["state"])
         table.add_row(unit["name"], state, str(unit["attempt"]), str(latest.get("epoch", "-")), *losses)
     return table
 

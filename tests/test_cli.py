@@ -76,7 +76,8 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["world", "prepare", "train", "infer", "settings", "verify", "verify-cube", "demo", "cluster"]
+    "command",
+    ["world", "prepare", "train", "cancel", "infer", "settings", "verify", "verify-cube", "demo", "cluster"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
@@ -93,6 +94,12 @@ def test_the_printed_settings_are_a_start(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text(done.stdout)
     done = run("train", str(tmp_path / "settings.toml"), "--job", str(tmp_path / "job"))
     assert "data.url: expected a path or URL; given an empty one" in done.stderr
+
+
+def test_cancel_needs_a_scheduler() -> None:
+    done = run("cancel", "job")
+    assert done.returncode == 2
+    assert "--address" in done.stderr
 
 
 class PlannedError(Exception):

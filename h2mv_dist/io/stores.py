@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -201,6 +201,22 @@ def delete_tree(url: str, options: StorageOptions) -> None:
         names = place.filesystem.find(place.path)
         if names:
             place.filesystem.rm(names)
+
+
+def delete_unfinished(url: str, options: StorageOptions, older_than_seconds: float) -> None:
+    """Delete what killed processes were writing below ``url``; only local files can be left unfinished.
+
+    Raises:
+        StoreError: the folder cannot be read or written.
+    """
+    with explained(url, options):
+        local = local_path(url)
+        if local is not None:
+            latest = time.time() - older_than_seconds
+            for path in local.rglob(f"{_TEMPORARY}*"):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < latest:
+                        path.unlink()
 
 
 def join(url: str, *parts: str) -> str:

@@ -131,9 +131,11 @@ class Coordinator(SchedulerPlugin):
             return None
         return {**self.jobs[job].status(), "quarantined": dict(self.health.quarantined)}
 
-    async def cancel(self, job: str) -> None:
-        """Stop a job's units; workers are free within a second."""
-        cancelled = self.jobs[job]
+    async def cancel(self, job: str) -> bool:
+        """Stop a job's units; workers are free within a second. False if there was nothing to stop."""
+        cancelled = self.jobs.get(job)
+        if cancelled is None or cancelled.finished:
+            return False
         cancelled.cancelled = True
         self.queue = [turn for turn in self.queue if turn.job is not cancelled]
         for unit in cancelled.all_units():
@@ -142,6 +144,7 @@ class Coordinator(SchedulerPlugin):
         for gang in self.leases.values():
             if gang.job == job:
                 gang.end(Failure("cancelled", "cancelled"))
+        return True
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """A worker joined: it may complete a gang."""
@@ -224,9 +227,17 @@ class Coordinator(SchedulerPlugin):
     def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
         if failed.failure.kind == "machine" and failed.slot:
             self.health.blame(failed.slot, failed.failure.reason)
-        unit.end(Failure("cancelled", "cancelled") if job.cancelled else failed.failure)
+        unit.end(Failure("cancelled", "cancelled") if job.cancelled else failed.failure, time.monotonic())
+        if unit.pause:
+            asyncio.get_running_loop().call_later(unit.pause, self._queue_again, job, unit)
+        else:
+            self._queue_again(job, unit)
+
+    def _queue_again(self, job: Job, unit: Unit) -> None:
+        """Queue a unit that failed, unless it is over by now."""
         if unit.state == "queued":
             self._queue(job, unit)
+            self.pump()
 
     async def _attempt(self, job: Job, unit: Unit, gang: _Gang) -> Any:
         """Run all ranks of a gang; one failure or loss ends them all."""
@@ -263,7 +274,7 @@ class Coordinator(SchedulerPlugin):
 
     async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
         """Result of the first rank, once all are done."""
-        rendezvous = await self._rendezvous(gang) if unit.ranks_meet else None
+        rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
         history = {"before": unit.error, "quarantined": dict(self.health.quarantined)}
         for rank, seat in enumerate(gang.seats):
             place = tasks.Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
@@ -276,9 +287,11 @@ class Coordinator(SchedulerPlugin):
             raise _AttemptError(*min(failures, key=lambda f: _SEVERITY.index(f[0].kind)))
         return (await futures[0])["result"]
 
-    async def _rendezvous(self, gang: _Gang) -> tuple[str, int]:
-        key = f"{gang.name}/rendezvous"
-        future = self.client.submit(tasks.open_rendezvous, gang.name, key=key, **_pinned(gang.seats[0]))
+    async def _rendezvous(self, unit: Unit, gang: _Gang) -> tuple[str, int]:
+        key, ports = f"{gang.name}/rendezvous", unit.spec["settings"]["cluster"]["port_range"]
+        future = self.client.submit(
+            tasks.open_rendezvous, gang.name, ports, key=key, **_pinned(gang.seats[0])
+        )
         address: tuple[str, int] = await future
         return address
 

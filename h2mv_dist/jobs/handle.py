@@ -46,9 +46,9 @@ class JobHandle:
             )
         return status
 
-    def cancel(self) -> None:
-        """Stop the job's units and free their workers."""
-        _call(self.client, "h2mv_cancel", self.id)
+    def cancel(self) -> bool:
+        """Stop the job's units and free their workers; False if there was nothing to stop any more."""
+        return bool(_call(self.client, "h2mv_cancel", self.id))
 
     def wait(self, watch: Watcher | None = None) -> dict[str, Any]:
         """Wait until nothing more will happen; returns the last status.

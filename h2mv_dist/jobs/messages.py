@@ -2,16 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
 TaskKind = Literal["fold", "summary", "tile", "finish", "prepare"]
-FailureKind = Literal["refused", "machine", "failed", "peer", "preempted", "cancelled"]
+FailureKind = Literal["refused", "machine", "full", "busy", "failed", "peer", "preempted", "cancelled"]
 """Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
 
-refused: our own checks said no, and would again. machine: a process, worker or device broke. failed: any
-other error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
+refused: our own checks said no, and would again. machine: a process, worker or device broke. full: a store or
+disk has no room. busy: a store failed, or memory is taken, which may be different later. failed: any other
+error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
 """
+
+FULL_PATIENCE_SECONDS: Final = 3600.0
+"""How long a unit is tried again while a store or disk has no room, before that counts as its failure."""
+FIRST_PAUSE_SECONDS: Final = 5.0
+LONGEST_PAUSE_SECONDS: Final = 300.0
+_PAUSED: Final = ("full", "busy")
+"""What is no better if tried again at once."""
 
 
 class Failure(NamedTuple):
@@ -33,6 +41,7 @@ class Unit:
         attempts: how often it may fail without having got any further.
         attempt: number of the current or last attempt; a resumed unit goes on counting.
         failures: since the last progress.
+        pause: seconds to wait before the next attempt.
     """
 
     name: str
@@ -43,11 +52,14 @@ class Unit:
     state: UnitState = "queued"
     attempt: int = 0
     failures: int = 0
+    pause: float = 0.0
     workers: tuple[str, ...] = ()
     error: str = ""
     latest: Mapping[str, Any] = field(default_factory=dict)
     result: Any = None
     _reached: Any = None
+    _pauses: int = 0
+    _full_since: float | None = None
 
     @property
     def ranks_meet(self) -> bool:
@@ -62,21 +74,42 @@ class Unit:
     def start(self, workers: tuple[str, ...]) -> None:
         """Begin a new attempt on these workers."""
         self.attempt += 1
-        self.state, self.workers = "running", workers
+        self.state, self.workers, self.pause = "running", workers, 0.0
 
-    def end(self, failure: Failure) -> None:
-        """Note a failed attempt: the unit waits for another one, unless that would be in vain."""
+    def end(self, failure: Failure, now: float) -> None:
+        """Note a failed attempt: the unit waits for another one, unless that would be in vain.
+
+        Args:
+            failure: why it ended.
+            now: seconds on any clock that never goes back.
+        """
         self.error = failure.reason
         if failure.kind == "cancelled":
             self.state = "cancelled"
             return
         reached = self.latest.get("epoch")
         if reached != self._reached:
-            self._reached, self.failures = reached, 0
-        # leaving a machine that was asked for is nobody's failure
-        self.failures += failure.kind != "preempted"
+            self._reached, self.failures, self._pauses, self._full_since = reached, 0, 0, None
+        full_for = self._full_for(failure, now)
+        # leaving a machine that was asked for is nobody's failure, and a disk is full until somebody comes
+        self.failures += failure.kind not in ("preempted", "full")
         hopeless = failure.kind == "refused" or self.failures >= self.attempts
-        self.state = "failed" if hopeless else "queued"
+        self.state = "failed" if hopeless or full_for > FULL_PATIENCE_SECONDS else "queued"
+        self.pause = self._next_pause(failure)
+
+    def _full_for(self, failure: Failure, now: float) -> float:
+        """For how long there has been no room, seconds."""
+        if failure.kind != "full":
+            self._full_since = None
+        elif self._full_since is None:
+            self._full_since = now
+        return now - self._full_since if self._full_since is not None else 0.0
+
+    def _next_pause(self, failure: Failure) -> float:
+        """Twice as long each time, and none after what a pause does not help against."""
+        self._pauses = self._pauses + 1 if failure.kind in _PAUSED else 0
+        doubled = float(FIRST_PAUSE_SECONDS * 2 ** (self._pauses - 1))
+        return min(doubled, LONGEST_PAUSE_SECONDS) if self._pauses else 0.0
 
     def message(self) -> dict[str, Any]:
         """What a client sends."""
@@ -97,6 +130,7 @@ class Unit:
             "attempt": self.attempt,
             "workers": list(self.workers),
             "error": self.error,
+            "pause": self.pause,
             "latest": dict(self.latest),
         }
 

@@ -48,13 +48,17 @@ class Preemption(WorkerPlugin):
             await _ranks_have_left()
 
     def _on_signal(self) -> None:
-        # a paused worker finishes what it does, and is given nothing more
+        # A paused worker finishes what it does, and is given nothing more. Dask pauses workers that are short
+        # of memory, too, and would let this one run again at once.
+        if (manager := self.worker.memory_manager) is not None:
+            manager.memory_pause_fraction = False
         self.worker.status = Status.paused
         self.leaving = asyncio.ensure_future(self._leave())
 
     async def _leave(self) -> None:
         await _ranks_have_left()
-        await self.worker.close_gracefully(reason="SIGTERM")
+        if self.worker.status not in _CLOSING:
+            await self.worker.close_gracefully(reason="SIGTERM")
 
 
 class NannyPreemption(NannyPlugin):

@@ -22,9 +22,10 @@ from dask.utils import format_bytes
 
 import h2mv_dist
 from h2mv_dist.config import Settings, canonical_json
-from h2mv_dist.errors import H2mvError, JobError, describe
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
-from h2mv_dist.jobs.tasks import Place
+from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
 
 BYTES_PER_HIDDEN: Final = 44
@@ -37,13 +38,12 @@ _ALIKE: Final = {
     "code": "install the same version of h2mv-dist on every worker",
     "versions": "install the same packages on every worker",
     "data": "do not change the data while a job starts; start again",
-    "token": "use a job folder that every host sees under the same path or URL",
 }
 
 Facts = Mapping[str, Any]
 
 
-def gather_facts(settings: Settings, staged: StagedCells, device: torch.device, token: str | None) -> Facts:
+def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) -> Facts:
     """What a rank knows of itself; all of it is also kept in the record."""
     return {
         "host": socket.gethostname(),
@@ -51,7 +51,6 @@ def gather_facts(settings: Settings, staged: StagedCells, device: torch.device, 
         "code": code_fingerprint(),
         "versions": {**code_versions(), "python": platform.python_version()},
         "data": staged.path.name,
-        "token": token,
         "free_memory": _free_memory(device),
         "free_disk": shutil.disk_usage(staged.path).free,
         "needed_memory": step_bytes(settings, staged.period.n_days),
@@ -82,20 +81,22 @@ def agree(
         What rank 0 decided.
 
     Raises:
-        JobError: the gang must not start.
+        JobError: the gang must not start (rank 0).
+        RankError: rank 0 could not start the gang, for its very reason (the other ranks).
     """
     store.set(f"facts/{place.rank}", json.dumps(own))
     if place.rank != 0:
         answer = json.loads(store.get("agreed"))
-        if "refused" in answer:
-            raise JobError(answer["refused"])
+        if "failure" in answer:
+            raise RankError(Failure(**answer["failure"]))
         return dict(answer["decisions"])
     try:
         everyone = [json.loads(store.get(f"facts/{rank}")) for rank in range(place.world)]
         check(everyone)
         decisions = dict(decide(everyone))
-    except H2mvError as error:
-        store.set("agreed", json.dumps({"refused": str(error)}))
+    except Exception as error:
+        # with its kind: what may pass for rank 0 must not be final for another one
+        store.set("agreed", json.dumps({"failure": failure_of(error)._asdict()}))
         raise
     store.set("agreed", json.dumps({"decisions": decisions}))
     return decisions
@@ -106,17 +107,20 @@ def check(everyone: Sequence[Facts]) -> None:
 
     Raises:
         JobError: says which rank differs, and in what.
+        RankError: a rank has no room at present.
     """
     for key, fix in _ALIKE.items():
         for rank, facts in enumerate(everyone):
             if facts[key] != everyone[0][key]:
-                _refuse(f"ranks differ in {key}", rank, facts, everyone[0][key], facts[key], fix)
+                what = f"ranks differ in {key}"
+                raise JobError(_described(what, rank, facts, everyone[0][key], facts[key], fix))
     devices: dict[tuple[str, str], int] = {}
     for rank, facts in enumerate(everyone):
         first = devices.setdefault((facts["host"], facts["device"]), rank)
         if first != rank:
             fix = "start one worker for each GPU, as dask-cuda does"
-            _refuse("two ranks share a device", rank, facts, "a device of its own", facts["device"], fix)
+            own, shared = "a device of its own", facts["device"]
+            raise JobError(_described("two ranks share a device", rank, facts, own, shared, fix))
     for rank, facts in enumerate(everyone):
         _check_room(rank, facts, sum(other["host"] == facts["host"] for other in everyone))
 
@@ -124,23 +128,23 @@ def check(everyone: Sequence[Facts]) -> None:
 def _check_room(rank: int, facts: Facts, ranks_on_host: int) -> None:
     shared = ranks_on_host if facts["device"].startswith("cpu") else 1
     needed = facts["needed_memory"] * shared
+    free = f"{format_bytes(facts['free_memory'])} free"
     if needed > facts["free_memory"]:
         fix = "set training.cells_at_once, lower training.batch_size, or raise training.ranks"
         expected = f"about {format_bytes(needed)} for a step"
-        _refuse("a step does not fit into memory", rank, facts, expected, _free(facts, "memory"), fix)
+        message = _described("a step does not fit into memory", rank, facts, expected, free, fix)
+        # others may use the memory only for a while
+        raise RankError(Failure("busy", message))
+    free = f"{format_bytes(facts['free_disk'])} free"
     if facts["free_disk"] < SPARE_DISK:
         fix = "free space, or choose another folder with training.cache"
         expected = f"at least {format_bytes(SPARE_DISK)} free for the cache"
-        _refuse("the disk is full", rank, facts, expected, _free(facts, "disk"), fix)
+        raise RankError(Failure("full", _described("the disk is full", rank, facts, expected, free, fix)))
 
 
-def _free(facts: Facts, what: str) -> str:
-    return f"{format_bytes(facts[f'free_{what}'])} free"
-
-
-def _refuse(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> None:
+def _described(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> str:
     where = f"rank {rank} on {facts['host']}"
-    raise JobError(describe(what, where=where, expected=str(expected), actual=str(actual), fix=fix))
+    return describe(what, where=where, expected=str(expected), actual=str(actual), fix=fix)
 
 
 def check_all_reduce(world: int, device: torch.device) -> None:

@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final
 
-from h2mv_dist.errors import JobError, describe
+from h2mv_dist.errors import H2mvError, JobError, describe
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.tasks import Place, failure_of
+from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 
 ORPHANED: Final = 98
 FAILED: Final = 1
@@ -75,6 +75,9 @@ def _failure(error: BaseException) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return failure_of(_no_device_memory(error))
     found = failure_of(error)
+    if isinstance(error, H2mvError | RankError):
+        # it has said what it is, whatever words of a network are in its message
+        return found
     if isinstance(error, DistError) or any(word in str(error) for word in PEER_WORDS):
         return Failure("peer", found.reason)
     return Failure("machine", found.reason) if isinstance(error, torch.AcceleratorError) else found

@@ -19,7 +19,9 @@ count. It is moved by compare-and-swap, so an attempt that was thought dead and 
 """
 
 import json
+import re
 import secrets
+import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +37,9 @@ Which = Literal["best", "last"]
 _STATE: Final = "state.json"
 _TOKEN: Final = "token.json"
 _READERS: Final = 8
+UNFINISHED_SECONDS: Final = 86_400.0
+"""Age at which nobody is writing a file any more."""
+_CHECKPOINT: Final = re.compile(r"\d+-(\d+)-\w+\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,7 @@ class FoldRecord:
             if version is not None:
                 writer = FoldWriter(self, state, version)
                 writer.delete_unused()
+                stores.delete_unfinished(self.url, self.options, UNFINISHED_SECONDS)
                 return writer
 
     def has_checkpoint(self, which: Which) -> bool:
@@ -239,7 +245,7 @@ class FoldWriter:
         self._move(replace(self.state, last=self._write(last, "part", epoch)))
 
     def mark_done(self, summary: Mapping[str, Any]) -> None:
-        """Say that the fold is finished; written last.
+        """Say that the fold is finished, and clear away what attempts left that were thought dead.
 
         Raises:
             JobError: a newer attempt has said so; nothing was changed.
@@ -252,11 +258,13 @@ class FoldWriter:
             if found is not None and json.loads(found.data)["attempt"] > self.state.attempt:
                 raise _superseded(self.record.url, self.state.attempt, self.record.state())
             swapped = stores.swap_object(url, data, found.version if found is not None else None, options)
+        self.delete_unused()
 
     def delete_unused(self) -> None:
-        """Delete checkpoints that do not count any more."""
+        """Delete what older attempts left; a newer one, of which this one may not know yet, keeps its own."""
         found = stores.list_objects(self.record.path("checkpoints"), self.record.options)
-        self._delete(name for name in found if name not in self.state.names)
+        older = (name for name in found if _is_older(name, self.state.attempt))
+        self._delete(name for name in older if name not in self.state.names)
 
     def _write(self, checkpoint: Checkpoint, kind: str, epoch: int) -> str:
         name = f"{epoch:05d}-{self.state.attempt:03d}-{kind}.safetensors"
@@ -267,7 +275,7 @@ class FoldWriter:
         url = self.record.path(_STATE)
         version = stores.swap_object(url, state.to_bytes(), self.version, self.record.options)
         if version is None:
-            self._delete(state.names - self.state.names)
+            # Nothing is deleted: if only the answer was lost, a newer attempt goes on from these very names.
             raise _superseded(self.record.url, self.state.attempt, self.record.state())
         unused = self.state.names - state.names
         self.state, self.version = state, version
@@ -276,6 +284,16 @@ class FoldWriter:
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
             stores.delete_tree(self.record.checkpoint_path(name), self.record.options)
+
+
+def _is_older(name: str, attempt: int) -> bool:
+    """Whether a checkpoint was written by an attempt before this one; False for what is no checkpoint.
+
+    >>> _is_older("00003-002-last.safetensors", 3), _is_older("00003-003-last.safetensors", 3)
+    (True, False)
+    """
+    number = _CHECKPOINT.fullmatch(name)
+    return number is not None and int(number[1]) < attempt
 
 
 def _superseded(url: str, attempt: int, state: FoldState) -> JobError:
@@ -343,6 +361,24 @@ class JobFolder:
         """The word, or None if it is not here."""
         record = _read_json(stores.join(self.url, _TOKEN), self.options)
         return None if record is None else str(record["token"])
+
+    def require_token(self, expected: str) -> None:
+        """Check that this host sees the folder the job was submitted with, and not another one of that name.
+
+        Raises:
+            JobError: there is another word here, or none.
+        """
+        found = self.token()
+        if found != expected:
+            raise JobError(
+                describe(
+                    "this host does not see the job folder",
+                    where=f"{stores.displayed(self.url)} on {socket.gethostname()}",
+                    expected=f"the token {expected}, which was written when the job was submitted",
+                    actual=found or "no token there",
+                    fix="use an object store, or a path on a file system that all hosts share",
+                )
+            )
 
     def exists(self) -> bool:
         """Whether a job was created here."""

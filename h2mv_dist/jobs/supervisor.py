@@ -29,12 +29,14 @@ from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
-from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, report, worker_host
+from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, failure_of, report, worker_host
 
 POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0
 LEAVE_SECONDS: Final = 20.0
 """How long a rank that was asked to leave may take."""
+LOG_BYTES: Final = 4 * 2**20
+"""What is kept of a rank's log; its end says why the rank ended."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,22 +46,34 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
 
     Raises:
         RankError: with the rank's own traceback.
+        StoreError: it cannot be recorded who runs the rank.
     """
     fold = JobFolder(message["folder"], StorageOptions(message["storage_options"])).fold(message["fold"])
     record = fold.attempt(place.attempt)
     with one_rank, tempfile.TemporaryFile() as log:
         started = _who(place)
-        record.write_rank(place.rank, started)
         failure: Failure | None = None
         try:
+            _require_time()
+            record.write_rank(place.rank, started)
             with _child(message, place, log) as child:
                 return _Watch(child, message, place, started).until_the_end()
-        except RankError as error:
-            failure = error.failure
+        except Exception as error:
+            failure = failure_of(error)
             raise
         finally:
             close_rendezvous(place.gang)
             _keep(record, place.rank, started, failure, log)
+
+
+def _require_time() -> None:
+    """Take no rank on a worker that is about to go.
+
+    Raises:
+        RankError: it is.
+    """
+    if leaving.is_set():
+        raise RankError(Failure("preempted", "the worker was leaving already"))
 
 
 def _who(place: Place) -> dict[str, Any]:
@@ -78,10 +92,10 @@ def _keep(
 ) -> None:
     """Write how it ended and what it printed; a store that fails now must not hide the failure itself."""
     ended = {"kind": "done", "reason": ""} if failure is None else failure._asdict()
-    log.seek(0)
+    log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
     try:
         record.write_rank(rank, {**started, "ended": time.time(), "outcome": ended})
-        record.write_log(rank, log.read())
+        record.write_log(rank, log.read(LOG_BYTES))
     except StoreError as error:
         _log.warning("the log of rank %d could not be kept: %s", rank, error)
 
@@ -166,6 +180,10 @@ class _Watch:
         code = self.child.process.wait()
         if latest.get("event") in ("error", "preempted"):
             raise RankError(Failure(latest["kind"], latest["reason"]))
+        if code == -signal.SIGTERM:
+            # it came before the rank could listen; from its first line on it would have made a checkpoint
+            reason = f"rank {self.place.rank} was asked to leave before it had begun"
+            raise RankError(Failure("preempted", reason))
         if code != 0:
             reason = f"rank {self.place.rank} {_how_it_ended(code)} without a word"
             raise RankError(Failure("machine", reason))

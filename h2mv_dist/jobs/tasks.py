@@ -1,13 +1,16 @@
 """What a worker is asked to do; imported by the scheduler too, so nothing heavy is imported here."""
 
+import errno
+import socket
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlparse
 
 from distributed import get_worker
+from distributed.utils import parse_ports
 
-from h2mv_dist.errors import H2mvError, StoreError
+from h2mv_dist.errors import H2mvError, JobError, StoreError, describe
 from h2mv_dist.jobs.messages import Failure
 
 if TYPE_CHECKING:
@@ -72,17 +75,20 @@ def run_unit(message: Message, place: Place) -> dict[str, Any]:
     """
     try:
         return {"failure": None, "result": _result(message, place)}
-    except RankError as error:
-        return {"failure": error.failure, "result": None}
     except Exception as error:
         return {"failure": failure_of(error), "result": None}
 
 
 def failure_of(error: BaseException) -> Failure:
     """What an exception says of another attempt: our own checks would refuse again, a store may recover."""
-    if not isinstance(error, H2mvError):
-        return Failure("failed", "".join(traceback.format_exception(error)))
-    return Failure("failed" if isinstance(error, StoreError) else "refused", str(error))
+    if isinstance(error, RankError):
+        return error.failure
+    if isinstance(error, StoreError):
+        return Failure("full" if error.full else "busy", str(error))
+    if isinstance(error, H2mvError):
+        return Failure("refused", str(error))
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Failure("full" if full else "failed", "".join(traceback.format_exception(error)))
 
 
 def _result(message: Message, place: Place) -> Any:
@@ -113,22 +119,66 @@ def report(message: Mapping[str, Any], **content: Any) -> None:
 _open_stores: dict[str, "TCPStore"] = {}
 
 
-def open_rendezvous(gang: str) -> tuple[str, int]:
-    """Listen on this worker's own interface only, on any free port; answers (host, port)."""
-    import socket
+def open_rendezvous(gang: str, port_range: str | None) -> tuple[str, int]:
+    """Listen on this worker's own interface only; answers (host, port).
 
+    Args:
+        gang: who meets.
+        port_range: ``cluster.port_range`` of the job; what the worker was started with comes first.
+
+    Raises:
+        JobError: every port of the range is taken.
+    """
     from torch.distributed import TCPStore
 
     host = worker_host()
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.bind((host, 0))
-    listener.listen()
+    listener = _listener(host, _allowed_ports(port_range))
     port = int(listener.getsockname()[1])
     # torch takes over the file descriptor, so there is no moment at which the port is free
     _open_stores[gang] = TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     return host, port
+
+
+def _allowed_ports(port_range: str | None) -> Sequence[int]:
+    """Ports to meet on, in the order to try them; 0 stands for any free one."""
+    own = _ports(get_worker()._start_port)
+    # a worker with one port only has taken it itself
+    chosen = own if len(own) > 1 else _ports(port_range)
+    # workers and nannies take the first ones, also when they are restarted
+    return tuple(reversed(chosen)) or (0,)
+
+
+def _ports(given: int | str | Collection[int] | None) -> list[int]:
+    """The ports of a range as Dask writes it; none where any would do."""
+    return [port for port in parse_ports(given) if port]
+
+
+def _listener(host: str, ports: Sequence[int]) -> socket.socket:
+    """A socket that listens on the first of the ports that is free."""
+    for port in ports:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # as Dask does: a port that was left a moment ago counts as free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return listener
+    raise JobError(
+        describe(
+            "the ranks have no free port to meet on",
+            where=host,
+            expected="a port that no worker and no nanny of this host has taken",
+            actual=f"{len(ports)} ports in use, {min(ports)} to {max(ports)}",
+            fix="widen cluster.port_range, and start the workers with it",
+        )
+    )
 
 
 def close_rendezvous(gang: str) -> None:

@@ -5,6 +5,7 @@ summed over ranks -> every rank goes backward through its own cells -> gradients
 all ranks step or none. So the result does not depend on the number of ranks, but for rounding.
 """
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +30,10 @@ from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
+from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
-from h2mv_dist.jobs.tasks import Place
+from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
 from h2mv_dist.model.networks import multiply_in
@@ -40,6 +42,8 @@ from h2mv_dist.spec import Scaler
 
 MEETING_TIMEOUT: Final = timedelta(hours=6)
 """How long ranks wait for each other to stage; one that is gone ends its gang much sooner."""
+REACH_TIMEOUT: Final = timedelta(seconds=60)
+"""How long a rank tries to reach the others at all."""
 BEAT_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.02
 STORE_PATIENCE_SECONDS: Final = 3600.0
@@ -166,9 +170,10 @@ def train_rank(
 
     # hosts may take very different times to stage
     with beating(emit):
+        JobFolder(message["root"], options).require_token(message["token"])
         staged = _staged(settings, message["data"], options)
         store = meet(place)
-        decisions = agree(store, place, gather_facts(settings, staged, device, job.token()), decide)
+        decisions = agree(store, place, gather_facts(settings, staged, device), decide)
         torch.set_num_threads(decisions["threads"])
         fold = make_folds(staged.grid, settings.folds)[message["fold"]]
         require_observations(staged, fold, "validation")
@@ -177,7 +182,9 @@ def train_rank(
         check_all_reduce(ranks.world, device)
         writer = claimed[0] if claimed else None
         record = job.fold(fold.index)
-        run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
+        # cells may take long to reach a device
+        with beating(emit):
+            run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
         return run.train(message["submitted"])
 
 
@@ -256,10 +263,31 @@ def beating(emit: Emit) -> Iterator[None]:
 
 
 def meet(place: Place) -> dist.Store:
-    """The store of the gang's rank 0, where the ranks find each other."""
+    """The store of the gang's rank 0, where the ranks find each other.
+
+    Raises:
+        RankError: it cannot be reached from here.
+    """
     assert place.rendezvous is not None, "ranks of a fold always have a place to meet"
     host, port = place.rendezvous
-    return dist.PrefixStore(place.gang, dist.TCPStore(host, port, is_master=False, timeout=MEETING_TIMEOUT))
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=REACH_TIMEOUT)
+    except dist.DistError as error:
+        raise RankError(Failure("failed", _unreachable(place, error))) from error
+    store.set_timeout(MEETING_TIMEOUT)
+    return dist.PrefixStore(place.gang, store)
+
+
+def _unreachable(place: Place, error: Exception) -> str:
+    host, port = place.rendezvous or ("", 0)
+    return describe(
+        "the ranks cannot reach each other",
+        where=f"rank {place.rank} on {socket.gethostname()}, connecting to {host} port {port}",
+        expected=f"the first rank's worker to answer within {REACH_TIMEOUT.total_seconds():g} s",
+        actual=str(error).splitlines()[0],
+        fix="let all workers listen on a network they share (cluster.interface, or --interface), and open "
+        "the ports between their hosts (cluster.port_range, or --worker-port)",
+    )
 
 
 @contextmanager
@@ -340,15 +368,17 @@ class FoldRun:
         Returns:
             A summary, or None if a rank was asked to leave; then a checkpoint was made.
         """
-        if self.record.has_checkpoint("last"):
-            self._restore(self.record.read_checkpoint("last"))
         self.submitted: float | None = submitted
-        distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
+        with beating(self.emit):
+            if self.record.has_checkpoint("last"):
+                self._restore(self.record.read_checkpoint("last"))
+            distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
         while not self._finished():
-            if not self._train_epoch(distributed):
+            validated = self._validate() if self._train_epoch(distributed) else None
+            if validated is None:
                 self._persist(self._store_part)
                 return None
-            self._end_epoch()
+            self._end_epoch(validated)
         if not self.progress.best_epoch:
             raise JobError(
                 f"fold {self.fold.index}: the validation loss was not finite in any of "
@@ -393,8 +423,8 @@ class FoldRun:
             self.emit(event="first step", seconds_since_submit=round(time.time() - self.submitted, 3))
             self.submitted = None
 
-    def _end_epoch(self) -> None:
-        trained, validated = self.part.counted(), self._validate()
+    def _end_epoch(self, validated: Tensor) -> None:
+        trained = self.part.counted()
         train, valid = self.loss.value(trained), self.loss.value(validated)
         before = self.progress
         self.progress = before.after(float(valid.total), self.training.plateau_epochs)
@@ -432,11 +462,13 @@ class FoldRun:
         if self.ranks.rank == 0:
             print(f"epoch {self.progress.epoch + 1}: {skipped}", flush=True)
 
-    def _validate(self) -> Tensor:
-        """Statistics of all validation cells, [term, 2]."""
+    def _validate(self) -> Tensor | None:
+        """Statistics of all validation cells, [term, 2]; None if a rank was asked to leave before the end."""
         cells = self.fold.cells("validation")
         total = torch.zeros(len(self.loss.terms), 2, device=self.ranks.device)
         for first in range(0, len(cells), self.training.batch_size):
+            if self.ranks.any(self.leave()):
+                return None
             batch = self._batch(cells[first : first + self.training.batch_size], "validation")
             total += self.objective.evaluate(self.model, batch)
             self.emit(event="beat")

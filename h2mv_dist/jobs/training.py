@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, shared_place, to_json
-from h2mv_dist.errors import ConfigError
+from h2mv_dist.errors import ConfigError, JobError, describe
 from h2mv_dist.io.folds import make_folds
 from h2mv_dist.io.source import open_source
-from h2mv_dist.jobs.cluster import require_workers
+from h2mv_dist.io.stores import displayed
+from h2mv_dist.jobs.cluster import require_workers, scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.reach import require_shared
@@ -108,11 +109,14 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
     """
     training, folder = plan.settings.training, plan.folder
     require_workers(client, training.ranks, "training.ranks")
-    require_shared(client, folder)
+    token = require_shared(client, folder)
     folder.create(plan.settings)
     for run in plan.runs:
         run.folder.create(run.variant.settings)
     common = {
+        # of the whole job; the units of a sweep have folders of their own
+        "root": folder.url,
+        "token": token,
         "folder": folder.url,
         "storage_options": folder.options.reveal(),
         "data": plan.data,
@@ -133,6 +137,27 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
 def submit_training(client: Client, settings: Settings, folder: str, options: StorageOptions) -> JobHandle:
     """Plan and start training; see :func:`plan_training` and :func:`start_training`."""
     return start_training(client, plan_training(settings, folder, options))
+
+
+def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
+    """Stop what runs for a job folder, or for a cube that is being filled; returns the names of the jobs.
+
+    Raises:
+        JobError: nothing does.
+    """
+    names = tuple(job_id(kind, url) for kind in ("train", "infer"))
+    cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
+    if not cancelled:
+        raise JobError(
+            describe(
+                "no such job is running",
+                where=scheduler_address(client),
+                expected=f"a job with the folder or cube {displayed(url)}",
+                actual="none; it is finished, or was never submitted to this scheduler",
+                fix="give the URL that was given to --job or --cube, and the address of its scheduler",
+            )
+        )
+    return cancelled
 
 
 def _run(variant: Variant, folder: JobFolder, folds: tuple[int, ...]) -> Run:

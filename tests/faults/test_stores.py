@@ -1,5 +1,6 @@
 """Stores that fail, lose replies or are full, and hosts that see other files."""
 
+import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,15 @@ import pytest
 
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs.handle import running
+from h2mv_dist.jobs.messages import FIRST_PAUSE_SECONDS
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import job_id, submit_training
 from tests.conftest import ProxiedS3, S3Server
 from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import NewSettings, settings_file, train
 from tests.faults.disks import over, small_disk
-from tests.faults.folds import END_SECONDS, FinalBytes, final, under_way
-from tests.faults.processes import DaskProcesses
+from tests.faults.folds import END_SECONDS, FinalBytes, final, seat_of, under_way
+from tests.faults.processes import DaskProcesses, send
 from tests.jobs.conftest import NO_OPTIONS
 from tests.jobs.processes import wait_until
 
@@ -101,6 +103,36 @@ def test_a_full_disk_is_waited_for(new_settings: NewSettings, reference: FinalBy
         assert final(fold) == reference
 
 
+def test_a_fold_that_starts_again_waits_for_room(
+    new_settings: NewSettings, reference: FinalBytes, tmp_path: Path
+) -> None:
+    """The disk is full when a rank dies: its fold waits for room and goes on."""
+    with small_disk(tmp_path / "disk") as disk, DaskProcesses(tmp_path / "dask") as dask:
+        url = str(disk.inside / "job")
+        fold = JobFolder(str(disk.outside / "job"), NO_OPTIONS).fold(0)
+        settings = settings_file(tmp_path, new_settings(attempts=2))
+        dask.start_scheduler()
+        for name in ("w0", "w1"):
+            dask.start_worker(name, wrapper=disk.wrapper)
+        dask.wait_for_workers(2)
+        log = tmp_path / "client.log"
+        with (
+            train(dask, log, settings, "--job", url, wrapper=disk.wrapper) as trained,
+            dask.client() as client,
+        ):
+            under_way(fold)
+            filler = disk.fill()
+            job = running(client, job_id("train", url))
+            assert job is not None
+            dask.workers[seat_of(fold, 1).name].rank.kill()
+            wait_until(lambda: job.status()["units"][0]["pause"] > FIRST_PAUSE_SECONDS, "two pauses")
+            wait_until(lambda: "fold-00: waits, the store is full" in log.read_text(), "a word to the user")
+            filler.unlink()
+            assert trained.wait(END_SECONDS) == 0, log.read_text()
+        assert fold.state().attempt >= 2
+        assert final(fold) == reference
+
+
 def test_a_host_that_sees_other_files_is_refused(
     own: DaskProcesses, new_settings: NewSettings, tmp_path: Path
 ) -> None:
@@ -113,3 +145,22 @@ def test_a_host_that_sees_other_files_is_refused(
     assert "127.0.0.2" in str(no.value)
     assert "no token there" in str(no.value)
     assert not (shared / "job" / "job.json").exists()
+
+
+def test_a_host_that_joins_later_is_refused_by_its_rank(
+    own: DaskProcesses, new_settings: NewSettings, tmp_path: Path
+) -> None:
+    """It takes the place of a lost one, and was not there to be asked when the job was submitted."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    elsewhere = over(shared)
+    fold = JobFolder(str(shared / "job"), NO_OPTIONS).fold(0)
+    with own.client() as client:
+        job = submit_training(client, new_settings(), str(shared / "job"), NO_OPTIONS)
+        under_way(fold)
+        lost = own.workers[seat_of(fold, 1).name]
+        send(signal.SIGKILL, (lost.nanny, lost.process))
+        own.start_worker("elsewhere", "--host", "127.0.0.2", wrapper=elsewhere)
+        with pytest.raises(JobError, match=r"this host does not see the job folder(.|\n)*no token there"):
+            job.wait()
+    assert fold.state().attempt == 1, "it claimed a fold of its own"

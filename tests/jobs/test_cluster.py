@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings
 from h2mv_dist.errors import JobError
-from h2mv_dist.jobs import cluster, slurm
+from h2mv_dist.jobs import cluster, slurm, tasks
 from h2mv_dist.jobs.cluster import LOOPBACK, chosen_kind, connect, no_gpu_because, start_cluster
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
@@ -179,6 +179,9 @@ def test_local_workers_are_as_asked_for(tls: TlsSettings, tmp_path: Path) -> Non
         with urllib.request.urlopen(client.dashboard_link) as page:
             assert b"Dask Diagnostic UI" in page.read()
         assert listening(os.getpid()) == {LOOPBACK}
+        host, port = client.submit(tasks.open_rendezvous, "gang", None).result()
+        assert host == LOOPBACK
+        assert first <= port <= first + 20, "ranks meet on a port that a firewall would not let through"
         assert_runs_jobs(client)
 
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from h2mv_dist.jobs.lease import QUARANTINE_AFTER, Health, Seat, choose_seats
-from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
+from h2mv_dist.jobs.messages import (
+    FIRST_PAUSE_SECONDS,
+    FULL_PATIENCE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    Failure,
+    FailureKind,
+    Job,
+    Unit,
+)
 
 SEATS = st.lists(
     st.builds(lambda h, n: Seat(f"host{h}", str(n), f"host{h}:{n}"), st.integers(0, 3), st.integers(0, 9)),
@@ -34,11 +42,11 @@ def unit(**fields: Any) -> Unit:
     return Unit("fold-00", "fold", {}, **fields)
 
 
-def fail(unit: Unit, kind: FailureKind, epoch: int | None = None) -> str:
+def fail(unit: Unit, kind: FailureKind, epoch: int | None = None, now: float = 0.0) -> str:
     unit.start(("w",))
     if epoch is not None:
         unit.latest = {"epoch": epoch}
-    unit.end(Failure(kind, f"{kind} happened"))
+    unit.end(Failure(kind, f"{kind} happened"), now)
     return unit.state
 
 
@@ -58,6 +66,33 @@ def test_being_asked_to_leave_is_no_failure_and_a_refusal_is_final() -> None:
     fold = unit(attempts=1)
     assert [fail(fold, "preempted") for _ in range(5)] == ["queued"] * 5
     assert fail(fold, "refused") == "failed"
+
+
+def test_a_failing_store_is_given_more_time_with_every_failure() -> None:
+    fold = unit(attempts=3)
+    assert [fail(fold, "busy") for _ in range(2)] == ["queued"] * 2
+    assert fold.pause == 2 * FIRST_PAUSE_SECONDS
+    fold.start(("w",))
+    assert fold.pause == 0.0, "it runs"
+    assert fail(fold, "busy") == "failed"
+
+
+def test_a_full_disk_is_waited_for_but_not_for_ever() -> None:
+    fold, now, states = unit(attempts=1), 0.0, []
+    while now <= FULL_PATIENCE_SECONDS:
+        states.append(fail(fold, "full", now=now))
+        assert 0 < fold.pause <= LONGEST_PAUSE_SECONDS
+        now += fold.pause
+    assert set(states) == {"queued"}
+    assert len(states) < 30
+    assert fail(fold, "full", now=now) == "failed"
+
+
+def test_room_that_was_there_meanwhile_starts_the_wait_anew() -> None:
+    fold = unit(attempts=1)
+    fail(fold, "full", epoch=1)
+    assert fail(fold, "full", epoch=2, now=2 * FULL_PATIENCE_SECONDS) == "queued"
+    assert fold.pause == FIRST_PAUSE_SECONDS
 
 
 def test_a_resumed_unit_goes_on_counting_attempts() -> None:

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 from distributed import Client
 
+from h2mv_dist.cli import app
 from h2mv_dist.config import validate
+from h2mv_dist.display import _fold_line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
-from h2mv_dist.jobs.handle import JobHandle
+from h2mv_dist.jobs import messages
+from h2mv_dist.jobs.cluster import scheduler_address
+from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.training import submit_training
+from h2mv_dist.jobs.training import cancel_jobs, job_id, submit_training
+from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.processes import process, wait_until
 
 
 def train(client: Client, world_url: str, cache: Path, folder: Path, **training: object) -> JobFolder:
@@ -127,6 +134,62 @@ def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, t
         handle.wait()
     # all four workers are needed, so this only ends if every one of them is free again
     train(client, world_url, cache, tmp_path / "next", ranks=4, epochs=1)
+
+
+def test_a_store_that_fails_is_tried_again_after_a_pause(
+    client: Client, world_url: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler is in this process."""
+    monkeypatch.setattr(messages, "FIRST_PAUSE_SECONDS", 2.0)
+    in_the_way = tmp_path / "folds" / "00" / "attempts"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("not a folder")
+    settings = small_settings(world_url, cache, training={"epochs": 1, "ranks": 2, "attempts": 2})
+    handle = submit_training(client, settings, str(tmp_path), NO_OPTIONS)
+    paused: list[Mapping[str, Any]] = []
+
+    def watch(status: Mapping[str, Any]) -> None:
+        paused.extend(unit for unit in status["units"] if unit["pause"])
+        if paused and in_the_way.is_file():
+            in_the_way.unlink()
+
+    status = handle.wait(watch)
+    assert {unit["state"] for unit in status["units"]} == {"done"}
+    assert paused[0]["state"] == "queued"
+    assert str(tmp_path) in _fold_line(paused[0])
+    assert "fold-00: waits" in _fold_line(paused[0])
+    assert status["units"][0]["attempt"] == 2
+    assert not handle.cancel(), "there is nothing left to cancel"
+    assert not handle.status()["cancelled"]
+
+
+def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(world_url, cache, training={"epochs": 10_000, "patience": 10_000})
+    url, log = str(tmp_path / "job"), tmp_path / "log"
+    address = ("--address", scheduler_address(client))
+    handle = submit_training(client, settings, url, NO_OPTIONS)
+    _wait_for_an_epoch(handle)
+    command = ("train", settings_file(tmp_path, settings), "--job", url, *address)
+    with process(log, "h2mv_dist.cli", *command) as watching:
+        wait_until(lambda: "fold-00: running, epoch" in log.read_text(), "a watcher", log)
+        assert "the job is running already" in log.read_text()
+        app(["cancel", url, *address], standalone_mode=False)
+        assert watching.wait(30) == 2
+    assert "was cancelled" in log.read_text()
+    assert handle.status()["cancelled"]
+    for known in (url, "/never/submitted"):
+        with pytest.raises(JobError, match=f"no such job is running(.|\n)*{known}"):
+            cancel_jobs(client, known)
+
+
+def test_an_inference_is_cancelled_by_its_cube(client: Client) -> None:
+    name = job_id("infer", "/cube")
+    handle = submit(client, Job(name, {}, (Unit("too large for the cluster", "tile", {}, ranks=99),)))
+    assert cancel_jobs(client, "/cube") == (name,)
+    assert handle.status()["cancelled"]
+    assert handle.status()["finished"]
 
 
 def _wait_for_an_epoch(handle: JobHandle) -> None:
