@@ -1,7 +1,7 @@
 """The command line: parse, load settings, call one job.
 
-Exit codes: 0 done, 1 a comparison failed (``verify``), 2 wrong input or a failed job, 130 Ctrl-C,
-143 SIGTERM.
+Exit codes: 0 done, 1 a comparison failed (``verify``, ``verify-cube``), 2 wrong input or a failed job,
+75 nothing to append yet (EX_TEMPFAIL: a timer may try again), 130 Ctrl-C, 143 SIGTERM.
 """
 
 import json
@@ -10,26 +10,34 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from h2mv_dist.config import (
+    DataSettings,
     Settings,
     StorageOptions,
+    as_toml,
     load,
     load_cluster,
     overridden_options,
     revise,
     shared_place,
+    validate,
 )
-from h2mv_dist.errors import ConfigError, H2mvError
+from h2mv_dist.errors import ConfigError, H2mvError, NothingNewError
+
+if TYPE_CHECKING:
+    from h2mv_dist.io.cube_check import CubeCheck
 
 FAILED = 1
 WRONG_INPUT = 2
+TRY_LATER = 75
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -138,7 +146,7 @@ def train(
 def cancel(
     place: Annotated[
         str,
-        typer.Argument(metavar="JOB", help="Job folder, or cube that is filled (URL).", callback=_place),
+        typer.Argument(metavar="JOB", help="Job folder, or store that is filled (URL).", callback=_place),
     ],
     address: Address = None,
     settings: Annotated[
@@ -150,8 +158,7 @@ def cancel(
     from h2mv_dist.jobs.cluster import chosen_kind, connect
     from h2mv_dist.jobs.training import cancel_jobs
 
-    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
-    chosen = load_cluster(settings, [*(set_ or []), *extra])
+    chosen = load_cluster(settings, _with_address(set_, address))
     if chosen_kind(chosen) != "address":
         raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
     with connect(chosen) as client:
@@ -168,24 +175,68 @@ def infer(
     ],
     set_: Overrides = None,
     address: Address = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Extend a finished cube by the days its forcing has grown.")
+    ] = False,
+    from_: Annotated[
+        datetime | None,
+        typer.Option(
+            "--from",
+            formats=["%Y-%m-%d"],
+            help="Compute a finished cube anew from the last kept state at or before this day on.",
+        ),
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print what it would take, and how long; write nothing.")
+    ] = False,
 ) -> None:
-    """Run trained folds over the whole grid into an output cube; run again to finish what is missing."""
-    from h2mv_dist.display import watching_tiles
-    from h2mv_dist.jobs.cluster import connect
-    from h2mv_dist.jobs.inference import plan_inference, start_inference
+    """Run trained folds over the whole grid into an output cube; run again to finish what is missing.
+
+    Exit code 75 if there is nothing to append yet, so that a timer can try again.
+    """
+    from h2mv_dist.jobs.cube_plan import plan_inference
+    from h2mv_dist.jobs.forecast import forecast
+    from h2mv_dist.jobs.inference import roll_back
 
     chosen, options = _settings(settings, set_, address)
-    plan = plan_inference(chosen, job, options)
+    if plan_only:
+        plan = plan_inference(chosen, job, options, cube=cube, append=append)
+        for line in forecast(plan, cube, options).lines():
+            console.print(line, soft_wrap=True, highlight=False)
+        return
+    if from_ is not None:
+        # planned first: nothing is rolled back for a cube that cannot be continued
+        plan_inference(chosen, job, options, cube=cube)
+        shorter = roll_back(cube, from_.date(), options)
+        console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
+    _fill(chosen, job, cube, options, append=append or from_ is not None)
+
+
+@app.command()
+def prepare(
+    settings: SettingsFile,
+    to: Annotated[
+        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=_place)
+    ],
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Make forcing daily, in our units and chunked for tiles, once; run again to finish what is missing."""
+    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.jobs.cluster import connect
+    from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
+
+    chosen, options = _settings(settings, set_, address)
+    plan = plan_prepare(chosen, options)
     console.print(plan.summary(), soft_wrap=True)
     with connect(chosen.cluster) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = start_inference(client, plan, job, cube, options)
-        if handle is None:
-            console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
-            return
-        with watching_tiles(console) as watch:
-            handle.wait(watch)
-    console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+        handle = start_prepare(client, plan, to, options)
+        if handle is not None:
+            with watching_tiles(console) as watch:
+                handle.wait(watch)
+    section = _as_data_section(plan.layout.data(to))
+    console.print(f"prepared; use it with these settings:\n{section}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -215,6 +266,31 @@ def export(
         console.print(f"wrote {count} folds; look with: tensorboard --logdir {tensorboard}", soft_wrap=True)
 
 
+@app.command()
+def extract(
+    cube: Annotated[str, typer.Argument(help="Cube to read (URL).", callback=_place)],
+    file: Annotated[Path, typer.Argument(help="NetCDF file to write; must not exist.")],
+    variable: Annotated[
+        list[str] | None, typer.Option("--variable", "-v", help="Variable; all if left out. Can be repeated.")
+    ] = None,
+    period: Annotated[str | None, typer.Option(help="Days, START..END without END; all if left out.")] = None,
+    box: Annotated[
+        tuple[float, float, float, float] | None,
+        typer.Option(help="South, north, west, east, degrees; everywhere if left out."),
+    ] = None,
+) -> None:
+    """Write part of a cube as one NetCDF file."""
+    from h2mv_dist.grid import Period
+    from h2mv_dist.io.netcdf import select, write_netcdf
+    from h2mv_dist.jobs.cluster import known_options
+
+    days = None if period is None else Period.parse(period)
+    options = known_options(StorageOptions())
+    part = select(cube, options, variables=tuple(variable or ()), period=days, box=box)
+    write_netcdf(part, file)
+    console.print(f"wrote {file}: {dict(part.sizes)}", soft_wrap=True, markup=False)
+
+
 @app.command("settings")
 def print_settings() -> None:
     """Print every setting with its default, to start a file: h2mv-dist settings > settings.toml."""
@@ -238,6 +314,42 @@ def verify(file: Annotated[str, typer.Argument(help="Golden file (.npz).")]) -> 
         console.print(f"beyond tolerance: {', '.join(failed)}", soft_wrap=True)
         raise typer.Exit(FAILED)
     console.print(f"{len(verification.deviations)} arrays agree")
+
+
+@app.command("verify-cube")
+def check_cube(
+    cube: Annotated[str, typer.Argument(help="Cube to read again (URL).", callback=_place)],
+    sample: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the receipts to check, chosen at random.")
+    ] = 1.0,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Compute again what is missing or damaged.")
+    ] = False,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Compare a cube with its receipts and its water budget; exit status 1 if anything is wrong."""
+    from h2mv_dist.io.cube_check import verify_cube
+    from h2mv_dist.jobs.cluster import known_options
+    from h2mv_dist.jobs.inference import forget_damage, recorded_job
+    from h2mv_dist.model.registry import model_kind
+
+    changes = _with_address(set_, address)
+    options = known_options(overridden_options(changes))
+    recorded, job = recorded_job(cube, options)
+    settings = revise(validate(recorded, where=f"the settings in {cube}"), changes)
+    spec = model_kind(settings.model.name).spec
+    found = verify_cube(cube, options, budget=spec.budget, share=sample)
+    _print_check(found)
+    if found.complete:
+        return
+    if not repair:
+        raise typer.Exit(FAILED)
+    forget_damage(cube, found, options)
+    _fill(settings, job, cube, options)
+    again = verify_cube(cube, options, budget=spec.budget, share=sample)
+    _print_check(again)
+    raise typer.Exit(0 if again.complete else FAILED)
 
 
 @app.command()
@@ -291,13 +403,49 @@ def _settings(
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.records import JobFolder
 
-    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
-    changes = [*(overrides or []), *extra]
+    changes = _with_address(overrides, address)
     if resume is None:
         settings, secrets = load(path, changes)
         return settings, known_options(secrets)
     options = known_options(overridden_options(changes))
     return revise(JobFolder(resume, options).settings(), changes), options
+
+
+def _with_address(overrides: list[str] | None, address: str | None) -> list[str]:
+    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
+    return [*(overrides or []), *extra]
+
+
+def _fill(settings: Settings, job: str, cube: str, options: StorageOptions, *, append: bool = False) -> None:
+    """Compute what a cube lacks, and wait for it."""
+    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.jobs.cluster import connect
+    from h2mv_dist.jobs.cube_plan import plan_inference
+    from h2mv_dist.jobs.inference import start_inference
+
+    plan = plan_inference(settings, job, options, cube=cube, append=append)
+    console.print(plan.summary(), soft_wrap=True)
+    with connect(settings.cluster) as client:
+        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        handle = start_inference(client, plan, job, cube, options)
+        if handle is None:
+            console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
+            return
+        with watching_tiles(console) as watch:
+            handle.wait(watch)
+    console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+
+
+def _print_check(found: "CubeCheck") -> None:
+    console.print(f"{len(found.sound)} receipts agree with what is stored, {len(found.missing)} are missing")
+    for one, problem in found.damaged.items():
+        console.print(f"{one.tile} {one.period}: {problem}", markup=False, soft_wrap=True)
+    for stretch in found.missing[:10]:
+        console.print(f"missing: {stretch}", soft_wrap=True)
+    if found.constants:
+        console.print(found.constants, soft_wrap=True)
+    if found.residual == found.residual:
+        console.print(f"largest gap of the water budget, from stored values: {found.residual:.2e} mm")
 
 
 def _opening(cube: str) -> str:
@@ -307,6 +455,13 @@ def _opening(cube: str) -> str:
         return f'xarray.open_zarr("{cube}")'
     options = f"the options of [storage_options.{protocol}], unless your environment has them"
     return f'xarray.open_zarr("{cube}", storage_options={{...}}), with {options}'
+
+
+def _as_data_section(data: DataSettings) -> str:
+    """Settings that open a prepared store."""
+    names = ("url", "layout", "static")
+    lines = (f"{name} = {as_toml(getattr(data, name))}" for name in names)
+    return "\n".join(("[data]", *lines, 'mask = { name = "mask" }'))
 
 
 def _sweep_overrides(sweep: list[str] | None, seeds: int | None) -> list[str]:
@@ -347,6 +502,9 @@ def main() -> None:
     """Entry point; an error of ours is a message, not a traceback."""
     try:
         app()
+    except NothingNewError as error:
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(TRY_LATER)
     except H2mvError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(WRONG_INPUT)

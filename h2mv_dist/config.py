@@ -125,6 +125,8 @@ PeriodSetting = Annotated[
 FoldNumbers = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_setting(_require_different))]
 Sizes = tuple[PositiveInt, ...]
 """Cells along each spatial axis."""
+Stamp = Literal["start", "middle", "end"]
+"""Which moment of its interval a time stamp names."""
 
 
 class StorageOptions(Mapping[str, Mapping[str, object]]):
@@ -335,14 +337,22 @@ class InferenceSettings(_Settings):
     """Days to simulate, written as ``data.period``; all days of the forcing if left out."""
     outputs: tuple[str, ...] | None = None
     """Variables to write; all if left out."""
-    members: Literal["spread", "all"] = "spread"
-    """``spread``: mean and standard deviation over folds; ``all``: a member axis."""
+    members: Literal["spread", "all", "both"] = "spread"
+    """``spread``: mean and standard deviation over folds; ``all``: a member axis; ``both``."""
+    monthly: bool = False
+    """Also keep means over calendar months, of whole months only."""
+    rounding: Literal["none", "fluxes", "all"] = "none"
+    """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better;
+    ``fluxes``: all but stores."""
     folds: FoldNumbers | None = None
     """Folds to run; every trained one if left out."""
     spinup_days: int | None = Field(None, ge=0)
     """Days run to fill the stores, from the period's start; the whole period if left out."""
     baseline: PeriodSetting | None = None
     """Days whose mean anomalies refer to; the whole period if left out."""
+    preset: Literal["series", "maps"] = "series"
+    """What chunks are for, where they are not set: ``series``: small boxes over many days; ``maps``: whole
+    shards of single days."""
     tile: Sizes = (20, 20)
     """Cells of a tile along each spatial axis; a multiple of the shard."""
     shard: Sizes = (20, 20)
@@ -353,12 +363,25 @@ class InferenceSettings(_Settings):
     """Days of a shard, and of one time block in memory."""
     chunk_days: int = Field(120, ge=1)
     """Days of a chunk."""
+    state_days: int | None = Field(None, ge=1)
+    """Keep the models' states every so many days, a multiple of ``shard_days``: ``infer --from`` can go back
+    to them, and a tile that is interrupted goes on from them. Only at the end if left out."""
+    keep_states: int = Field(40, ge=1)
+    """Ends of a growing cube whose states are kept, the newest ones."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
     attempts: int = Field(3, ge=1)
     """How often a tile may fail before it counts as failed."""
     overwrite: bool = False
     """Replace an existing cube that holds something else."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chunks_of_maps(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("preset") != "maps":
+            return given
+        whole = given.get("shard", cls.model_fields["shard"].default)
+        return {"chunk": whole, "chunk_days": 1, **given}
 
     @model_validator(mode="after")
     def _sizes_have_the_same_axes(self) -> Self:
@@ -374,10 +397,43 @@ class InferenceSettings(_Settings):
     @model_validator(mode="after")
     def _shards_hold_whole_chunks(self) -> Self:
         pairs = [("shard_days", self.shard_days, self.chunk_days)]
+        pairs += [] if self.state_days is None else [("state_days", self.state_days, self.shard_days)]
         pairs += [("shard", s, c) for s, c in zip(self.shard, self.chunk, strict=True)]
         for name, outer, inner in pairs:
             if outer % inner:
-                raise ValueError(f"{name} ({outer}) must be a multiple of its chunk ({inner})")
+                what = "shard_days" if name == "state_days" else "its chunk"
+                raise ValueError(f"{name} ({outer}) must be a multiple of {what} ({inner})")
+        return self
+
+
+class PrepareSettings(_Settings):
+    """How ``h2mv-dist prepare`` cuts forcing, and how it makes days of shorter steps."""
+
+    stamps: dict[str, Stamp] = Field(default_factory=dict)
+    """Variable -> moment of its interval that a time stamp names, ``{precipitation = "end"}``: start, middle
+    or end. If left out, CF bounds of the time axis decide; without them it is the start, but amounts (mm, not
+    mm an hour) are refused."""
+    shard: Sizes = (20, 20)
+    """Cells of a shard along each spatial axis; a multiple of the chunk. Best the tile of inference."""
+    chunk: Sizes = (20, 20)
+    """Cells of a chunk along each spatial axis."""
+    shard_days: int = Field(360, ge=1)
+    """Days of a shard; a worker holds so many days of one variable, all cells, in memory."""
+    chunk_days: int = Field(120, ge=1)
+    """Days of a chunk."""
+    attempts: int = Field(3, ge=1)
+    """How often a stretch of days may fail before it counts as failed."""
+    overwrite: bool = False
+    """Replace a prepared store that holds something else."""
+
+    @model_validator(mode="after")
+    def _shards_hold_whole_chunks(self) -> Self:
+        pairs = [(self.shard_days, self.chunk_days), *zip(self.shard, self.chunk, strict=False)]
+        if len(self.shard) != len(self.chunk) or any(outer % inner for outer, inner in pairs):
+            raise ValueError(
+                f"shard ({list(self.shard)}, {self.shard_days} days) must be a multiple of chunk "
+                f"({list(self.chunk)}, {self.chunk_days} days) along each axis"
+            )
         return self
 
 
@@ -481,6 +537,7 @@ class Settings(_Settings):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     inference: InferenceSettings = InferenceSettings()
+    prepare: PrepareSettings = PrepareSettings()
     cluster: ClusterSettings = ClusterSettings()
     sweep: SweepSettings = SweepSettings()
 

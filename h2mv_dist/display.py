@@ -22,7 +22,7 @@ def watching_folds(console: Console) -> Iterator[Watcher]:
 
 @contextmanager
 def watching_tiles(console: Console) -> Iterator[Watcher]:
-    """Show how many tiles are finished."""
+    """Show how many tiles, or stretches of days, are finished."""
     with _watching(console, _tile_table, None) as watch:
         yield watch
 
@@ -90,7 +90,7 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
 
 def _tile_table(status: Mapping[str, Any]) -> Table:
     states = [unit["state"] for unit in status["units"]]
-    table = Table(title=f"inference {status['id']}", title_justify="left")
+    table = Table(title=status["id"], title_justify="left")
     for state in dict.fromkeys(("done", "running", *states)):
         table.add_column(_state(state), justify="right")
     table.add_row(*(str(states.count(s)) for s in dict.fromkeys(("done", "running", *states))))

@@ -32,6 +32,10 @@ class JobError(H2mvError):
     """A job cannot be started, or one of its units failed."""
 
 
+class NothingNewError(JobError):
+    """There is nothing to append to a cube, because its forcing has not grown: try again later."""
+
+
 class CheckpointError(H2mvError):
     """A checkpoint is truncated, foreign or belongs to another model."""
 

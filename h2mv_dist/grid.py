@@ -6,8 +6,8 @@ is the shape of its spatial axes; arrays elsewhere are [time, *shape] or, packed
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
-from itertools import product
+from datetime import date, timedelta
+from itertools import pairwise, product
 from typing import Final
 
 import numpy as np
@@ -71,6 +71,27 @@ class Period:
         for first in range(self.first, self.first + self.n_days, n_days):
             stop = min(first + n_days, self.first + self.n_days)
             yield Period(as_date(first), as_date(stop))
+
+    def months(self) -> tuple["Period", ...]:
+        """The calendar months that lie wholly inside, in order.
+
+        >>> [str(m) for m in Period(date(2001, 1, 2), date(2001, 4, 1)).months()]
+        ['2001-02-01..2001-03-01', '2001-03-01..2001-04-01']
+        """
+        starts = [self.start.replace(day=1)]
+        while starts[-1] < self.stop:
+            starts.append((starts[-1] + timedelta(days=31)).replace(day=1))
+        every = (Period(first, following) for first, following in pairwise(starts))
+        return tuple(month for month in every if self.contains(month))
+
+    def common(self, other: "Period") -> "Period | None":
+        """The days of both, if there are any.
+
+        >>> str(Period(date(2001, 1, 1), date(2001, 1, 5)).common(Period(date(2001, 1, 3), date(2001, 2, 1))))
+        '2001-01-03..2001-01-05'
+        """
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        return Period(start, stop) if start < stop else None
 
     @staticmethod
     def parse(text: str) -> "Period":

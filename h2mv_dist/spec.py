@@ -11,6 +11,45 @@ from numpy.typing import NDArray
 Float32Array = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a model conserves: the change of a store over a day equals gains minus losses.
+
+    Attributes:
+        store: daily output that holds all that is stored, mm.
+        gains: daily outputs that add to it, mm d-1.
+        losses: daily outputs that take from it, mm d-1.
+        states: the parts of the store in the model's state.
+    """
+
+    store: str
+    gains: tuple[str, ...]
+    losses: tuple[str, ...]
+    states: tuple[str, ...]
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """All daily outputs in it."""
+        return (self.store, *self.gains, *self.losses)
+
+    def residual(
+        self, daily: Mapping[str, NDArray[np.float64]], before: NDArray[np.float64] | None = None
+    ) -> float:
+        """Largest absolute gap on any day, mm; 0 where there is nothing to compare.
+
+        Args:
+            daily: term -> [..., time, cell].
+            before: the store when the first day begins, [..., cell]; None leaves that day out.
+        """
+        store = daily[self.store]
+        net = sum((daily[n] for n in self.gains), np.zeros_like(store)) - sum(daily[n] for n in self.losses)
+        if before is not None:
+            store = np.concatenate([before[..., None, :], store], axis=-2)
+        change = np.diff(store, axis=-2)
+        gap = np.abs(change - net[..., net.shape[-2] - change.shape[-2] :, :])
+        return float(gap.max(initial=0.0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Names of a model's columns; the order of names is the order of columns.
@@ -24,6 +63,7 @@ class ModelSpec:
         static: outputs [cell].
         constants: outputs without axes.
         anomalies: output -> the daily output whose deviation from its baseline mean it is.
+        budget: what it conserves, if anything.
     """
 
     name: str
@@ -34,6 +74,7 @@ class ModelSpec:
     static: tuple[str, ...]
     constants: tuple[str, ...]
     anomalies: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    budget: Budget | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:

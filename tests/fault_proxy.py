@@ -18,13 +18,18 @@ from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-Fault = Literal["unavailable", "full", "reset", "truncate", "stall", "lose"]
-"""Not passed on: unavailable (503), full (507), reset (RST), stall (silence, then RST).
+Fault = Literal["unavailable", "full", "expired", "reset", "truncate", "stall", "lose"]
+"""Not passed on: unavailable (503), full (507), expired (403), reset (RST), stall (silence, then RST).
 Passed on: truncate (half of the answer's body, then the end), lose (carried out, then RST, no answer)."""
 
 _SEED: Final = 7
 _PIECE: Final = 1 << 16
-_REASONS: Final = {503: "Service Unavailable", 507: "Insufficient Storage"}
+_REFUSALS: Final[Mapping[str, tuple[str, str, str]]] = {
+    "unavailable": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
+    "full": ("507 Insufficient Storage", "XMinioStorageFull", "No space left."),
+    "expired": ("403 Forbidden", "ExpiredToken", "The provided token has expired."),
+}
+"""Fault -> status, code and message."""
 
 
 class _Head(NamedTuple):
@@ -151,7 +156,7 @@ class FaultProxy:
         if fault == "stall":
             await asyncio.sleep(self.stall_seconds)
             return _reset(writer)
-        if fault in {"unavailable", "full"}:
+        if fault is not None and fault in _REFUSALS:
             return await _refuse(request, fault, writer)
         upstream_reader, upstream_writer = await asyncio.open_connection(*self._upstream)
         try:
@@ -282,13 +287,12 @@ def _keeps_alive(request: _Head, answer: _Head) -> bool:
 
 
 async def _refuse(request: _Head, fault: Fault, writer: asyncio.StreamWriter) -> bool:
-    status, code = (507, "XMinioStorageFull") if fault == "full" else (503, "SlowDown")
+    status, code, message = _REFUSALS[fault]
     body = b""
     if request.method != "HEAD":
-        message = "Please reduce your request rate." if fault == "unavailable" else "No space left."
         xml = f"<Error><Code>{code}</Code><Message>{message}</Message><RequestId>1</RequestId></Error>"
         body = xml.encode()
-    head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/xml\r\n"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     await writer.drain()
     return True

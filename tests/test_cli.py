@@ -76,13 +76,17 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["world", "train", "cancel", "infer", "settings", "verify", "demo", "cluster"]
+    "command",
+    [
+        *("world", "prepare", "train", "cancel", "infer"),
+        *("settings", "verify", "verify-cube", "demo", "cluster"),
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
-    if command in ("train", "infer"):
+    if command in ("prepare", "train", "infer"):
         assert "h2mv-dist settings" in " ".join(done.stdout.split())
 
 
@@ -110,12 +114,12 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
     """What the commands would plan: settings, and the job folder or store."""
     seen: list[tuple[Settings, str]] = []
 
-    def plan(settings: Settings, folder: str, options: StorageOptions) -> None:
+    def plan(settings: Settings, folder: str, options: StorageOptions, **_: object) -> None:
         seen.append((settings, folder))
         raise PlannedError
 
     monkeypatch.setattr("h2mv_dist.jobs.training.plan_training", plan)
-    monkeypatch.setattr("h2mv_dist.jobs.inference.plan_inference", plan)
+    monkeypatch.setattr("h2mv_dist.jobs.cube_plan.plan_inference", plan)
     return seen
 
 

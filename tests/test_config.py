@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from h2mv_dist.config import DataSettings, Settings, StorageOptions, load, load_cluster, model_inside, place
+from h2mv_dist.config import (
+    DataSettings,
+    InferenceSettings,
+    Settings,
+    StorageOptions,
+    load,
+    load_cluster,
+    model_inside,
+    place,
+    validate,
+)
 from h2mv_dist.errors import ConfigError
 from h2mv_dist.template import settings_template
 
@@ -209,3 +219,14 @@ def test_every_setting_is_described_and_printed() -> None:
     assert [name for name, field in described if not field.description] == []
     printed = [name for name, _ in described if not name.startswith("folds.explicit.")]
     assert all(re.search(rf"^#?{name.split('.')[-1]} =", text, re.MULTILINE) for name in printed)
+
+
+def test_a_preset_sets_only_chunks_that_are_not_set() -> None:
+    def inference(**chosen: object) -> InferenceSettings:
+        return validate({"data": {"url": "d"}, "inference": chosen}, where="test").inference
+
+    assert inference(preset="maps").chunk == inference().shard
+    assert inference(preset="maps").chunk_days == 1
+    maps = inference(preset="maps", shard=[40, 20], tile=[40, 20], chunk_days=3, shard_days=6)
+    assert (maps.chunk, maps.chunk_days) == ((40, 20), 3)
+    assert inference().chunk == (10, 10)

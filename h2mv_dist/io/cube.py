@@ -8,17 +8,18 @@ NAME_spread their standard deviation. Float32, NaN over sea and where nothing wa
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from math import prod
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from h2mv_dist.config import canonical_json
 from h2mv_dist.errors import ConfigError, describe
-from h2mv_dist.grid import FloatArray, Grid, Period, Tile, cell_bounds
+from h2mv_dist.grid import FloatArray, Grid, IntArray, Period, Tile, as_date, cell_bounds
 from h2mv_dist.variables import Variable, variable
 
 FINGERPRINT: Final = "h2mv_dist_fingerprint"
@@ -27,13 +28,47 @@ FINGERPRINT: Final = "h2mv_dist_fingerprint"
 LAYOUT: Final = "h2mv_dist_layout"
 """Root attribute that holds everything that decides which bytes a unit writes and where, as JSON."""
 
-PLACES: Final = ("data_url", "training_job")
-"""Root attributes that say where a cube's inputs were; the same inputs may lie elsewhere on another day."""
+PERIOD: Final = "h2mv_dist_period"
+"""Root attribute: the days a reader sees."""
+
+COMPLETE: Final = "h2mv_dist_complete"
+"""Root attribute: whether all of these days are there, "yes" or "no"."""
+
+ROLLBACKS: Final = "h2mv_dist_rollbacks"
+"""Root attribute: days from which the cube was computed anew, as JSON."""
+
+CONSTANTS: Final = "h2mv_dist_constants_sha256"
+"""Root attribute: checksum of the constants, which belong to no tile."""
+
+_COVERAGE: Final = ("time_coverage_start", "time_coverage_end")
+"""First and last day of a complete cube (Attribute Convention for Data Discovery)."""
+
+PROGRESS: Final = (PERIOD, COMPLETE, ROLLBACKS, CONSTANTS, *_COVERAGE)
+"""Root attributes that change while a cube grows."""
+
+HORIZON_DAYS: Final = 36_525
+HORIZON_MONTHS: Final = 1200
+"""Growing axes are stored for a multiple of so many steps, so that no append rewrites what a reader reads."""
+
+RECORDED: Final = ("data_url", "training_job", "settings", "versions")
+"""Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
+
+MembersAs = Literal["spread", "all", "both"]
+Form = Literal["members", "mean", "spread"]
+
+KEPT_BITS: Final = 12
+"""Bits of the mantissa of rounded values: relative errors are at most 2**-13."""
+
+MONTHLY: Final = "_monthly"
+"""Suffix of the arrays that hold means over calendar months."""
+
+MEAN: Final = "_mean"
+"""Suffix of the arrays that hold the mean over folds beside every member."""
 
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
 
-_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile")
+_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "rounded", "monthly")
 """What a layout has several of."""
 
 ONE_OWNER: Final = "two writers in one shard lose data without any error"
@@ -49,7 +84,13 @@ _GENERAL: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Root attributes of every cube."""
 
-_ONLY_OF_THE_MEAN: Final = ("standard_name", "ancillary_variables")
+_SPREAD_COMMENT: Final = (
+    "Population standard deviation over models trained on different folds. It shows how much they disagree; "
+    "errors they share do not show."
+)
+_ROUNDED_COMMENT: Final = (
+    f"Rounded to {KEPT_BITS} bits of the mantissa: relative errors up to 2**-{KEPT_BITS + 1}."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +106,16 @@ class CubeLayout:
         static: variables [*space].
         constants: variables without axes.
         members: fold numbers.
-        member_axis: keep every member; otherwise mean and, for more than one member, spread.
+        members_as: ``all``: keep every member; ``spread``: their mean and, for more than one, their spread;
+            ``both``.
+        monthly: daily variables whose means over calendar months are kept, too; only of whole months.
+        rounded: variables whose values keep :data:`KEPT_BITS` bits of their mantissa, and so compress well.
         chunk: cells of a chunk along each spatial axis.
         shard: cells of a shard along each spatial axis; a multiple of the chunk.
         tile: cells of a tile along each spatial axis; a multiple of the shard.
         chunk_days: days of a chunk.
         shard_days: days of a shard; a multiple of the chunk's.
-        attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`PLACES`, nothing
+        attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`RECORDED`, nothing
             that differs between runs.
     """
 
@@ -81,13 +125,15 @@ class CubeLayout:
     static: tuple[str, ...]
     constants: tuple[str, ...]
     members: tuple[int, ...]
-    member_axis: bool
+    members_as: MembersAs
     chunk: tuple[int, ...]
     shard: tuple[int, ...]
     chunk_days: int
     shard_days: int
     tile: tuple[int, ...]
     attributes: Mapping[str, str]
+    rounded: tuple[str, ...] = ()
+    monthly: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -111,12 +157,36 @@ class CubeLayout:
     def sizes(self) -> dict[str, int]:
         """Length of every dimension."""
         space = dict(zip(self.grid.dims, self.grid.shape, strict=True))
-        return {"member": len(self.members), "time": self.period.n_days, **space}
+        return {"member": len(self.members), **lengths(self.period), **space}
+
+    @property
+    def member_axis(self) -> bool:
+        """Whether any array has the axis ``member``."""
+        return self.members_as != "spread"
+
+    def forms_of(self, name: str) -> dict[str, Form]:
+        """Arrays that hold variable ``name``, and what of its members each of them holds."""
+        every: dict[str, Form] = {name: "members"} if self.member_axis else {}
+        if len(self.members) == 1:
+            return every or {name: "mean"}
+        if self.members_as == "all":
+            return every
+        return {**every, (name + MEAN if every else name): "mean", name + SPREAD: "spread"}
 
     def arrays_of(self, name: str) -> tuple[str, ...]:
         """Names of the arrays that hold variable ``name``."""
-        alone = self.member_axis or len(self.members) == 1
-        return (name,) if alone else (name, name + SPREAD)
+        return tuple(self.forms_of(name))
+
+
+def lengths(period: Period) -> dict[str, int]:
+    """Length of the axes that grow."""
+    return {"time": period.n_days, "month": len(period.months())}
+
+
+def monthly_arrays(layout: CubeLayout) -> Iterator[str]:
+    """Names of the arrays of monthly means."""
+    for name in layout.monthly:
+        yield from (array + MONTHLY for array in layout.arrays_of(name))
 
 
 def projected_bytes(layout: CubeLayout) -> int:
@@ -167,21 +237,58 @@ def _check_multiples(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a cube is.
+
+    Attributes:
+        period: days a reader sees.
+        complete: whether all of them are there; once they are, always.
+        rollbacks: days from which the cube was computed anew, in order.
+        constants: SHA-256 of the constants, from the sink; empty until they are written.
+    """
+
+    period: Period
+    complete: bool = False
+    rollbacks: tuple[date, ...] = ()
+    constants: str = ""
+
+    def attributes(self) -> dict[str, str]:
+        """Those of the root that say so."""
+        first, last = self.period.start, as_date(self.period.first + self.period.n_days - 1)
+        coverage = dict(zip(_COVERAGE, (str(first), str(last)), strict=True)) if self.complete else {}
+        return {
+            PERIOD: str(self.period),
+            COMPLETE: "yes" if self.complete else "no",
+            ROLLBACKS: canonical_json([str(day) for day in self.rollbacks]),
+            CONSTANTS: self.constants,
+            **coverage,
+        }
+
+    @staticmethod
+    def of(attributes: Mapping[str, str]) -> "Progress":
+        """Inverse of :meth:`attributes`."""
+        rollbacks = tuple(date.fromisoformat(day) for day in json.loads(attributes[ROLLBACKS]))
+        return Progress(
+            Period.parse(attributes[PERIOD]), attributes[COMPLETE] == "yes", rollbacks, attributes[CONSTANTS]
+        )
+
+
 def root_attributes(layout: CubeLayout) -> dict[str, str]:
-    """Attributes of a finished cube's root; but for PLACES equal only for cubes made in the same way."""
+    """What never changes in a cube's root; but for RECORDED equal only for cubes made in the same way."""
     return {**_GENERAL, **layout.attributes, LAYOUT: canonical_json(_geometry(layout))}
 
 
 def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
     """Inverse of :func:`root_attributes`; ``grid`` is from the cube's coordinates, and not compared here."""
-    geometry = json.loads(attributes[LAYOUT])
+    geometry, unseen = json.loads(attributes[LAYOUT]), {*_GENERAL, LAYOUT, *PROGRESS}
     return CubeLayout(
         grid=grid,
-        period=Period.parse(geometry["period"]),
-        member_axis=geometry["member_axis"],
+        period=Progress.of(attributes).period,
+        members_as=geometry["members_as"],
         chunk_days=geometry["chunk_days"],
         shard_days=geometry["shard_days"],
-        attributes={name: text for name, text in attributes.items() if name not in (*_GENERAL, LAYOUT)},
+        attributes={name: text for name, text in attributes.items() if name not in unseen},
         **{name: tuple(geometry[name]) for name in _LISTS},
     )
 
@@ -195,8 +302,8 @@ def _geometry(layout: CubeLayout) -> dict[str, object]:
         **numbers,
         "dims": list(grid.dims),
         "shape": list(grid.shape),
-        "period": str(layout.period),
-        "member_axis": layout.member_axis,
+        "start": str(layout.period.start),
+        "members_as": layout.members_as,
         "chunk_days": layout.chunk_days,
         "shard_days": layout.shard_days,
         **{f"{name}_sha256": _hashed(values) for name, values in cells.items()},
@@ -219,7 +326,8 @@ class PlannedArray:
         attributes: CF attributes.
         chunks: cells of a chunk along each axis.
         shards: cells of a shard along each axis; None for an array without.
-        values: those of a coordinate; None for an output, which is written tile by tile.
+        values: those of a coordinate, which may go on beyond ``shape``: a later one shows them; None for an
+            output, which is written tile by tile.
     """
 
     name: str
@@ -245,48 +353,73 @@ def planned_arrays(layout: CubeLayout) -> Iterator[PlannedArray]:
     for names, dims in kinds:
         for name in names:
             yield from _outputs(layout, variable(name), dims)
+    for name in layout.monthly:
+        yield from _outputs(layout, variable(name), ("month", *space), MONTHLY)
 
 
-def _outputs(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> Iterator[PlannedArray]:
-    names = layout.arrays_of(quantity.name)
-    attributes = _output_attributes(layout, quantity, dims)
-    yield _output(layout, names[0], dims, attributes)
-    for name in names[1:]:
-        yield _output(layout, name, dims, _spread_attributes(attributes))
+def _outputs(
+    layout: CubeLayout, quantity: Variable, dims: tuple[str, ...], suffix: str = ""
+) -> Iterator[PlannedArray]:
+    for name, form in layout.forms_of(quantity.name).items():
+        axes = ("member", *dims) if form == "members" else dims
+        attributes = _output_attributes(layout, quantity, dims, form)
+        yield _output(layout, name + suffix, axes, attributes)
 
 
 def _output(
     layout: CubeLayout, name: str, dims: tuple[str, ...], attributes: Mapping[str, str]
 ) -> PlannedArray:
-    full = ("member", *dims) if layout.member_axis else dims
     space = layout.grid.dims
-    chunk = {"member": 1, "time": layout.chunk_days, **dict(zip(space, layout.chunk, strict=True))}
+    chunk = {
+        "member": 1,
+        "month": 1,
+        "time": layout.chunk_days,
+        **dict(zip(space, layout.chunk, strict=True)),
+    }
     # All members share a shard: a tile owns them together, and one object serves them.
     shard = {
         "member": len(layout.members),
         "time": layout.shard_days,
+        # one month a shard: none is written again when the next one comes
+        "month": 1,
         **dict(zip(space, layout.shard, strict=True)),
     }
     return PlannedArray(
         name=name,
-        dims=full,
-        shape=tuple(layout.sizes[d] for d in full),
+        dims=dims,
+        shape=tuple(layout.sizes[d] for d in dims),
         dtype=np.dtype(np.float32),
         attributes=attributes,
-        chunks=tuple(chunk[d] for d in full),
-        shards=tuple(shard[d] for d in full) or None,
+        chunks=tuple(chunk[d] for d in dims),
+        shards=tuple(shard[d] for d in dims) or None,
     )
 
 
-def _output_attributes(layout: CubeLayout, quantity: Variable, dims: tuple[str, ...]) -> dict[str, str]:
-    """CF attributes of the array that holds a variable, or its mean over folds."""
+def _output_attributes(
+    layout: CubeLayout, quantity: Variable, dims: tuple[str, ...], form: Form
+) -> dict[str, str]:
+    """CF attributes of one array of a variable."""
     attributes = quantity.cf_attributes()
     methods = [_TIME_METHODS.get(quantity.units, "")] if "time" in dims else []
-    if len(layout.arrays_of(quantity.name)) > 1:
+    if "month" in dims:
+        methods, attributes["long_name"] = ["month: mean"], f"monthly mean of {attributes['long_name']}"
+    comments = []
+    if form == "mean" and len(layout.members) > 1:
         methods.append("realization: mean")
         attributes["ancillary_variables"] = quantity.name + SPREAD
+    if form == "spread":
+        # readers look for the quantity itself by its standard name
+        attributes.pop("standard_name", None)
+        long_name = attributes["long_name"]
+        attributes["long_name"] = f"spread of {long_name} over folds (standard deviation; not an uncertainty)"
+        methods.append("realization: standard_deviation")
+        comments.append(_SPREAD_COMMENT)
+    if quantity.name in layout.rounded:
+        comments.append(_ROUNDED_COMMENT)
     if any(methods):
         attributes["cell_methods"] = " ".join(filter(None, methods))
+    if comments:
+        attributes["comment"] = " ".join(comments)
     if dims:
         attributes["cell_measures"] = "area: cell_area"
     if "cell" in dims:
@@ -294,20 +427,9 @@ def _output_attributes(layout: CubeLayout, quantity: Variable, dims: tuple[str, 
     return attributes
 
 
-def _spread_attributes(mean: Mapping[str, str]) -> dict[str, str]:
-    """Attributes of a spread; without a standard name, by which readers look for the quantity itself."""
-    kept = {name: value for name, value in mean.items() if name not in _ONLY_OF_THE_MEAN}
-    return {
-        **kept,
-        "long_name": f"spread of {mean['long_name']} over folds (standard deviation; not an uncertainty)",
-        "cell_methods": mean["cell_methods"].replace("realization: mean", "realization: standard_deviation"),
-        "comment": "Population standard deviation over models trained on different folds. It shows how much "
-        "they disagree; errors they share do not show.",
-    }
-
-
 def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
     yield from _time(layout.period)
+    yield from _months(layout.period) if layout.monthly else ()
     yield from _latitude_and_longitude(layout.grid)
     grid = layout.grid
     auxiliary = {"coordinates": "lat lon"} if grid.dims == ("cell",) else {}
@@ -327,18 +449,37 @@ def _coordinates(layout: CubeLayout) -> Iterator[PlannedArray]:
 
 
 def _time(period: Period) -> Iterator[PlannedArray]:
-    """The first instant of each day, and the bounds [time, 2] of the day."""
-    days = period.days()
+    """The first instant of each day, and the bounds [time, 2] of the day; stored up to the horizon."""
+    n_stored = -(-period.n_days // HORIZON_DAYS) * HORIZON_DAYS
+    days = np.arange(period.first, period.first + n_stored + 1, dtype=np.int64)
+    yield from _growing("time", "day", days, period.n_days, HORIZON_DAYS)
+
+
+def _months(period: Period) -> Iterator[PlannedArray]:
+    """The first instant of each whole month, and its bounds [month, 2]; stored up to the horizon."""
+    n_months = len(period.months())
+    n_stored = max(-(-n_months // HORIZON_MONTHS), 1) * HORIZON_MONTHS
+    first = period.start.year * 12 + period.start.month - (period.start.day == 1)
+    starts = [date(month // 12, month % 12 + 1, 1) for month in range(first, first + n_stored + 1)]
+    days = np.asarray(starts, "datetime64[D]").astype(np.int64)
+    yield from _growing("month", "month", days, n_months, HORIZON_MONTHS)
+
+
+def _growing(name: str, long_name: str, edges: IntArray, length: int, horizon: int) -> Iterator[PlannedArray]:
+    """A time axis and its bounds from the edges of its steps, days since 1970-01-01."""
     attributes = {
         "standard_name": "time",
-        "long_name": "day",
+        "long_name": long_name,
         "units": "days since 1970-01-01",
         "calendar": "proleptic_gregorian",
-        "axis": "T",
-        "bounds": "time_bnds",
+        "bounds": f"{name}_bnds",
+        **({"axis": "T"} if name == "time" else {}),
     }
-    yield _coordinate("time", ("time",), days, attributes)
-    yield _coordinate("time_bnds", ("time", "bnds"), np.stack([days, days + 1], axis=1), {})
+    bounds = np.stack([edges[:-1], edges[1:]], axis=1)
+    for array, values, described in ((name, edges[:-1], attributes), (f"{name}_bnds", bounds, {})):
+        whole = _coordinate(array, (name, "bnds")[: values.ndim], values, described)
+        further = values.shape[1:]
+        yield replace(whole, shape=(length, *further), chunks=(horizon, *further))
 
 
 def _latitude_and_longitude(grid: Grid) -> Iterator[PlannedArray]:

@@ -1,17 +1,24 @@
-"""Checking a cube: whether every receipt is there and says what is stored."""
+"""Checking a cube: whether what is stored is what its receipts say, and whether its budget closes."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from h2mv_dist.config import StorageOptions
-from h2mv_dist.io.cube_store import read_layout
-from h2mv_dist.io.ledger import FINISH_UNIT, Ledger, Receipt
-from h2mv_dist.io.sink import DamagedError, StoredValues, unit_checksum
+import numpy as np
 
-_UNITS_AT_ONCE: Final = 4
+from h2mv_dist.config import StorageOptions
+from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io.cube import CubeLayout, Progress
+from h2mv_dist.io.cube_store import read_cube
+from h2mv_dist.io.ledger import Covered, Ledger, Receipt, ended_months, gaps
+from h2mv_dist.io.sink import DamagedError, StoredValues
+from h2mv_dist.spec import Budget
+
+_AT_ONCE: Final = 4
+CONSTANTS_UNIT: Final = "constants"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,62 +26,124 @@ class CubeCheck:
     """What was found.
 
     Attributes:
-        sound: units (tiles, and the finishing one) whose stored values are those that were computed.
-        missing: units without a receipt; ``h2mv-dist infer`` computes them.
-        damaged: unit -> what is wrong with it; deleting its receipt lets ``h2mv-dist infer`` write it anew.
+        sound: receipts whose stored values are those that were computed.
+        missing: stretches without a receipt, ``TILE/START..END``; ``h2mv-dist infer`` computes them.
+        damaged: receipt -> what is wrong with it; deleted, it lets ``h2mv-dist infer`` write its days anew.
+        constants: what is wrong with the constants, or nothing.
+        residual: largest gap of the water budget on any checked day and cell, from the stored values, mm;
+            NaN where they do not hold all of its terms.
     """
 
-    sound: tuple[str, ...]
+    sound: tuple[Covered, ...]
     missing: tuple[str, ...]
-    damaged: Mapping[str, str]
+    damaged: Mapping[Covered, str]
+    constants: str
+    residual: float
 
     @property
     def complete(self) -> bool:
-        """Whether every unit is there and sound."""
-        return not self.missing and not self.damaged
+        """Whether everything is there and sound."""
+        return not self.missing and not self.damaged and not self.constants
 
 
-def verify_cube(url: str, options: StorageOptions) -> CubeCheck:
-    """Read a whole cube and compare it with its receipts; nothing is written.
+def verify_cube(
+    url: str, options: StorageOptions, *, budget: Budget | None = None, share: float = 1.0, seed: int = 0
+) -> CubeCheck:
+    """Read a cube and compare it with its receipts; nothing is written.
+
+    Args:
+        url: of the cube.
+        options: of its store.
+        budget: what must balance, if anything.
+        share: of the receipts that are checked, chosen at random; missing ones are always found.
+        seed: of that choice.
 
     Raises:
         StoreError: there is no complete cube, a receipt is unreadable, or the store fails.
     """
-    layout = read_layout(url, options)
-    receipts = Ledger(url, options).receipts()
-    units = dict(_checksums(StoredValues.open(url, layout, options)))
-    done = tuple(name for name in units if name in receipts)
+    layout, progress = read_cube(url, options)
+    ledger = Ledger(url, options, progress.rollbacks)
+    covered = ledger.covered()
+    stored = StoredValues.open(url, layout, options)
+    chosen = _chosen([one for parts in covered.values() for one in parts], share, seed)
+    tiles = {tile.name: tile for tile in layout.tiles}
 
-    def problem(name: str) -> str:
-        return _problem(receipts[name], layout.fingerprint, units[name])
+    def check(one: Covered, receipt: Receipt) -> tuple[str, float]:
+        return _problem(stored, tiles.get(one.tile), one, receipt), _residual(stored, tiles, one, budget)
 
-    with ThreadPoolExecutor(_UNITS_AT_ONCE, "h2mv-check") as pool:
-        found = dict(zip(done, pool.map(problem, done), strict=True))
+    with ThreadPoolExecutor(_AT_ONCE, "h2mv-check") as pool:
+        found = dict(zip(chosen, pool.map(check, chosen, ledger.receipts(chosen)), strict=True))
+    residuals = [r for _, r in found.values() if not math.isnan(r)]
     return CubeCheck(
-        sound=tuple(name for name in done if not found[name]),
-        missing=tuple(name for name in units if name not in receipts),
-        damaged={name: text for name, text in found.items() if text},
+        sound=tuple(one for one, (problem, _) in found.items() if not problem),
+        missing=tuple(_missing(layout, covered)),
+        damaged={one: problem for one, (problem, _) in found.items() if problem},
+        constants=_constants_problem(stored, progress),
+        residual=max(residuals, default=math.nan),
     )
 
 
-def _checksums(stored: StoredValues) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Every unit, and how its checksum is worked out from what is stored."""
-    for tile in stored.layout.tiles:
-        yield tile.name, partial(stored.tile_checksum, tile)
-    yield FINISH_UNIT, partial(_constants_checksum, stored)
+def _chosen(covered: Sequence[Covered], share: float, seed: int) -> list[Covered]:
+    """A random share, at least one, in order."""
+    count = min(len(covered), max(1, round(share * len(covered))))
+    return [covered[i] for i in sorted(np.random.default_rng(seed).permutation(len(covered))[:count])]
 
 
-def _constants_checksum(stored: StoredValues) -> str:
-    return unit_checksum([stored.checksum()] if stored.layout.constants else [])
+def _missing(layout: CubeLayout, covered: Mapping[str, Sequence[Covered]]) -> Iterator[str]:
+    for tile in layout.tiles:
+        for gap in gaps(covered.get(tile.name, ()), layout.period):
+            yield f"{tile.name}/{gap}"
 
 
-def _problem(receipt: Receipt, fingerprint: str, stored: Callable[[], str]) -> str:
-    if receipt.fingerprint != fingerprint:
+def _problem(stored: StoredValues, tile: Tile | None, one: Covered, receipt: Receipt) -> str:
+    """What is wrong with the days of a receipt, if anything."""
+    if tile is None:
+        return "the cube has no such tile"
+    if receipt.fingerprint != stored.layout.fingerprint:
         return f"its receipt belongs to another cube, of fingerprint {receipt.fingerprint}"
     try:
-        found = stored()
+        changed = (
+            what for what, written, found in _checksums(stored, tile, one, receipt) if found() != written
+        )
+        first = next(changed, "")
     except DamagedError as error:
         return str(error)
-    if found == receipt.checksum:
+    return first and f"{first} are not those that were written"
+
+
+def _checksums(
+    stored: StoredValues, tile: Tile, one: Covered, receipt: Receipt
+) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """What a receipt tells of: its name, its checksum, and how that follows from what is stored."""
+    layout = stored.layout
+    if receipt.static:
+        yield "static variables", receipt.static, partial(stored.checksum, tile=tile)
+    for block, written in zip(_blocks(layout, one), receipt.blocks, strict=True):
+        yield f"values of {block}", written, partial(stored.checksum, tile=tile, period=block)
+    months = ended_months(layout.period, one.period) if layout.monthly else ()
+    for month, written in zip(months, receipt.months, strict=True):
+        yield f"means of {month}", written, partial(stored.checksum, tile=tile, month=month)
+
+
+def _blocks(layout: CubeLayout, one: Covered) -> Iterator[Period]:
+    return one.period.blocks(layout.shard_days)
+
+
+def _residual(stored: StoredValues, tiles: Mapping[str, Tile], one: Covered, budget: Budget | None) -> float:
+    """Largest gap of the budget in a stretch, from what is stored; damaged parts are told of elsewhere."""
+    if budget is None or one.tile not in tiles or not set(budget.terms) <= set(stored.layout.daily):
+        return math.nan
+    try:
+        blocks = _blocks(stored.layout, one)
+        return max(stored.budget_residual(tiles[one.tile], block, budget) for block in blocks)
+    except DamagedError:
+        return math.nan
+
+
+def _constants_problem(stored: StoredValues, progress: Progress) -> str:
+    if not stored.layout.constants or not progress.complete:
         return ""
-    return f"its receipt says {receipt.checksum}, but what is stored gives {found}"
+    try:
+        return "" if stored.checksum() == progress.constants else "constants are not those that were written"
+    except DamagedError as error:
+        return str(error)

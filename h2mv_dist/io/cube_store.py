@@ -1,30 +1,34 @@
 """The cube in its store: created once, known again when a run is resumed, replaced only when told to."""
 
 import json
-import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.errors import ZarrUserWarning
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
-from h2mv_dist.grid import Grid
+from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import (
     FINGERPRINT,
     LAYOUT,
-    PLACES,
+    PROGRESS,
+    RECORDED,
     CubeLayout,
     PlannedArray,
+    Progress,
     layout_of,
+    lengths,
     planned_arrays,
     root_attributes,
 )
 from h2mv_dist.io.ledger import ledger_url
+from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import (
     delete_tree,
     displayed,
@@ -34,10 +38,13 @@ from h2mv_dist.io.stores import (
     join,
     list_objects,
     open_store,
+    put_object,
 )
 
 _STATE: Final = "h2mv_dist_state"
 _UNFINISHED: Final = "metadata incomplete"
+_AT_ONCE: Final = 8
+"""Metadata objects read or written at a time."""
 
 
 def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite: bool) -> None:
@@ -60,12 +67,31 @@ def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite
     elif found is None:
         _refuse_orphaned_receipts(url, options)
     resumed = found is not None and not differences
+    wanted |= Progress(layout.period).attributes()
     with explained(url, options):
         _write_metadata(open_store(url, options, read_only=False), layout, wanted, again=resumed)
 
 
+def differences(attributes: Mapping[str, str], layout: CubeLayout) -> tuple[str, ...]:
+    """What sets a cube with these root attributes apart from one of this layout, a line each.
+
+    How long it is, where its inputs lie and with what versions it was made do not count.
+    """
+    return _differences(attributes, root_attributes(layout))
+
+
+def find_cube(url: str, options: StorageOptions) -> Mapping[str, str] | None:
+    """Root attributes of the cube at ``url`` once its metadata are written, or None where there is none yet.
+
+    Raises:
+        StoreError: something that is not a cube is there.
+    """
+    found = _existing(url, options)
+    return found.attributes if found and found.finished else None
+
+
 def require_cube(url: str, layout: CubeLayout, options: StorageOptions) -> None:
-    """Make sure that there is a finished cube of exactly this layout.
+    """Make sure that there is a cube of this layout, whatever its length, with all its metadata.
 
     Raises:
         StoreError: there is none, or another cube, or something that is no cube.
@@ -78,8 +104,15 @@ def require_cube(url: str, layout: CubeLayout, options: StorageOptions) -> None:
         raise _no_cube(url)
 
 
-def read_layout(url: str, options: StorageOptions) -> CubeLayout:
-    """What the cube at ``url`` was created as, from its metadata and coordinates.
+class Cube(NamedTuple):
+    """A cube as its metadata describe it: as long as a reader sees it."""
+
+    layout: CubeLayout
+    progress: Progress
+
+
+def read_cube(url: str, options: StorageOptions) -> Cube:
+    """What the cube at ``url`` was created as, and how far it is, from its metadata and coordinates.
 
     Raises:
         StoreError: there is no complete cube, or its coordinates are not those it was created with.
@@ -102,16 +135,52 @@ def read_layout(url: str, options: StorageOptions) -> CubeLayout:
                 fix="make the cube again, with inference.overwrite",
             )
         )
-    return layout
+    return Cube(layout, Progress.of(found.attributes))
 
 
-def consolidate(url: str, options: StorageOptions) -> None:
-    """Copy the metadata of all arrays into the root, so that a reader needs one request; done last."""
-    store = open_store(url, options, read_only=False)
-    with explained(url, options), warnings.catch_warnings():
+def publish(url: str, layout: CubeLayout, progress: Progress, options: StorageOptions) -> None:
+    """Show readers the days of ``progress``: one put of the root, with the metadata of all arrays in it.
+
+    The arrays' own metadata, for readers that do not look into the root's copy, follow the root when a cube
+    becomes shorter and go before it when it becomes longer, so that nobody is shown days that are not there.
+
+    Raises:
+        StoreError: the store cannot be reached or written.
+    """
+    names = [array.name for array in planned_arrays(layout)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        stored = list(pool.map(lambda name: json.loads(get_object(_document(url, name), options)), names))
+    shown = {name: _lasting(array, progress.period) for name, array in zip(names, stored, strict=True)}
+    changed = {name: new for (name, new), old in zip(shown.items(), stored, strict=True) if new != old}
+    longer = any(new["shape"] > old["shape"] for new, old in zip(shown.values(), stored, strict=True))
+    root = {
+        "attributes": {**root_attributes(layout), **progress.attributes()},
+        "zarr_format": 3,
         # Readers without it fall back to the arrays' own metadata, so leaving the specification is safe.
-        warnings.filterwarnings("ignore", "Consolidated metadata is currently not", ZarrUserWarning)
-        zarr.consolidate_metadata(store, zarr_format=3)
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": shown},
+        "node_type": "group",
+    }
+
+    def put(name: str, document: Mapping[str, Any]) -> None:
+        put_object(_document(url, name), json.dumps(document, indent=2).encode(), options)
+
+    if not longer:
+        put("", root)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(put, changed, changed.values()))
+    if longer:
+        put("", root)
+
+
+def _document(url: str, name: str) -> str:
+    return join(url, name, "zarr.json")
+
+
+def _lasting(array: Mapping[str, Any], period: Period) -> dict[str, Any]:
+    """Metadata of an array whose growing axis is as long as the period."""
+    grown = lengths(period)
+    axes = zip(array.get("dimension_names", ()), array["shape"], strict=True)
+    return {**array, "shape": [grown.get(axis, size) for axis, size in axes]}
 
 
 def _write_metadata(store: Store, layout: CubeLayout, attributes: Mapping[str, str], *, again: bool) -> None:
@@ -147,7 +216,9 @@ def _create_array(group: zarr.Group, array: PlannedArray, *, overwrite: bool) ->
         overwrite=overwrite,
     )
     if array.values is not None:
-        created[...] = array.values
+        # also the part of a coordinate that lies beyond the array's shape
+        metadata = replace(created.async_array.metadata, shape=array.values.shape)
+        zarr.Array(zarr.AsyncArray(metadata, created.store_path))[...] = array.values
 
 
 class _Found(NamedTuple):
@@ -199,7 +270,7 @@ def _parsed(root: bytes) -> _Found | None:
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
-    """One line for every root attribute or part of the layout that differs; but for :data:`PLACES`."""
+    """One line for every root attribute or part of the layout that differs; but for RECORDED and PROGRESS."""
     there, here = _flat(found), _flat(wanted)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     return tuple(
@@ -209,7 +280,8 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[s
 
 def _flat(attributes: Mapping[str, str]) -> dict[str, object]:
     layout = {f"layout.{name}": value for name, value in json.loads(attributes[LAYOUT]).items()}
-    return {n: value for n, value in attributes.items() if n not in (LAYOUT, *PLACES)} | layout
+    apart = (LAYOUT, *RECORDED, *PROGRESS)
+    return {n: value for n, value in attributes.items() if n not in apart} | layout
 
 
 def _short(value: object) -> str:
@@ -256,7 +328,8 @@ def _refuse_orphaned_receipts(url: str, options: StorageOptions) -> None:
 
 
 def _clear(url: str, options: StorageOptions, found: _Found | None) -> None:
-    """Delete a cube and its receipts; interrupted at any point, it is still known as an unfinished cube."""
+    """Delete a cube and what lies beside it; interrupted, it is still known as an unfinished cube."""
+    delete_tree(snapshots_url(url), options)
     delete_tree(ledger_url(url), options)
     if found is None:
         return

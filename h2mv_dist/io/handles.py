@@ -17,7 +17,7 @@ from h2mv_dist.grid import BoolArray, Period, as_date
 from h2mv_dist.io.cf import Coordinate, decode, values_of
 from h2mv_dist.io.library import Found
 from h2mv_dist.io.spaces import Space, flipped_dims, space_of
-from h2mv_dist.io.stores import explained
+from h2mv_dist.io.stores import content_fingerprint, explained
 from h2mv_dist.io.times import DailyTimes, StepAxis, Times, target_steps
 from h2mv_dist.io.units import Conversion, conversion_of
 from h2mv_dist.spec import Float32Array
@@ -85,6 +85,19 @@ class Handle:
         return np.asarray(stored % self.chunks[0] == 0)
 
 
+def contents_of(handles: Sequence[Handle]) -> list[str]:
+    """A fingerprint of all objects that arrays are made of, one a store; costs listings, no reads.
+
+    Raises:
+        StoreError: a store cannot be reached or read.
+    """
+    places: dict[str, set[str]] = {}
+    for handle in handles:
+        places.setdefault(handle.url, set()).update(handle.paths)
+    options = handles[0].options
+    return [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+
+
 def whole_chunks(starts: Sequence[BoolArray], n_steps: int) -> Iterator[slice]:
     """Cut steps where chunks of every array start, into parts of at most ``n_steps`` if chunks are no longer.
 
@@ -125,9 +138,14 @@ def forcing_handle(found: Found, stored: DailyTimes, period: Period, reference: 
         DataError: it is on another grid or on further axes, or its units cannot be converted.
         StoreError: its coordinates cannot be read.
     """
-    handle = _handle(found, space_of(found), reference, (stored.times.dim,), None)
     first = period.first - stored.period.first
-    return _cut(handle, stored.times, slice(first, first + period.n_days))
+    return series_handle(found, stored.times, slice(first, first + period.n_days), reference)
+
+
+def series_handle(found: Found, times: Times, steps: slice, reference: Space) -> Handle:
+    """Some steps of a series, [step, *space]; errors as for :func:`forcing_handle`."""
+    handle = _handle(found, space_of(found), reference, (times.dim,), None)
+    return _cut(handle, times, steps)
 
 
 def target_of(found: Found, period: Period, reference: Space) -> Target:
@@ -149,8 +167,7 @@ def target_of(found: Found, period: Period, reference: Space) -> Target:
                 fix="choose another data.period, or leave the target out",
             )
         )
-    handle = _handle(found, space_of(found), reference, (times.dim,), None)
-    return Target(axis.cut(steps), _cut(handle, times, steps))
+    return Target(axis.cut(steps), series_handle(found, times, steps, reference))
 
 
 def static_handle(found: Found, reference: Space) -> Handle:

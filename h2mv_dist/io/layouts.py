@@ -62,27 +62,57 @@ def open_arrays(
         DataError: something is missing or is not on the axes and in the units it should have.
         StoreError: a store cannot be reached or read.
     """
-    _check_names(data, forcing)
+    check_names(data, forcing)
     library = Library(options)
     found = [find_variable(data, name, library) for name in forcing]
     space = space_of(found[0])
     times = [daily_times(f) for f in found]
     period = common_period(found, [stored.period for stored in times], data.period)
     drivers = tuple(forcing_handle(f, t, period, space) for f, t in zip(found, times, strict=True))
-    static_found = [find_array(data, name, data.variables.get(name), library) for name in data.static]
-    static = tuple(static_handle(f, space) for f in static_found)
+    land = open_land(data, found[0], space, library)
     observed = {name: find_variable(data, name, library) for name in targets}
     return Arrays(
-        grid=grid_of(space, _mask(data, library, space, static), found[0]),
+        grid=land.grid,
         period=period,
         forcing=drivers,
-        static=static,
+        static=land.static,
         targets={name: target_of(f, period, space) for name, f in observed.items()},
-        statistics=dict(_statistics([*found, *static_found, *observed.values()])),
+        statistics=dict(_statistics([*found, *land.found, *observed.values()])),
     )
 
 
-def _check_names(data: DataSettings, forcing: tuple[str, ...]) -> None:
+class Land(NamedTuple):
+    """The grid with its mask and areas, and the static arrays, each [*space] or [*space, feature]."""
+
+    grid: Grid
+    static: tuple[Handle, ...]
+    found: tuple[Found, ...]
+
+
+def open_land(data: DataSettings, reference: Found, space: Space, library: Library) -> Land:
+    """What does not change with time, on the axes of the first forcing variable (see :func:`open_arrays`).
+
+    Args:
+        data: where it is.
+        reference: the first forcing variable.
+        space: its axes.
+        library: of the data set's stores.
+
+    Raises:
+        DataError: an array is missing or on other axes, or there is no land.
+        StoreError: a store cannot be reached or read.
+    """
+    found = tuple(find_array(data, name, data.variables.get(name), library) for name in data.static)
+    static = tuple(static_handle(f, space) for f in found)
+    return Land(grid_of(space, _mask(data, library, space, static), reference), static, found)
+
+
+def check_names(data: DataSettings, forcing: tuple[str, ...]) -> None:
+    """Make sure that settings name variables that exist.
+
+    Raises:
+        ConfigError: a name is unknown, or no forcing or static feature is asked for.
+    """
     if not forcing or not data.static:
         raise ConfigError(
             "a data set needs at least one forcing variable and one static feature (data.static)"

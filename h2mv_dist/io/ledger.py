@@ -1,59 +1,78 @@
 """Receipts beside a cube: what is finished is what they say, never what happens to be stored.
 
-A unit of work (a tile, or a part of one) has one object, put whole after the last of its shards.
+A receipt covers a tile over a stretch of days, and is put whole after the last of its shards. Its name says
+what it covers, so one listing tells what is left to do.
 """
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Final
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from typing import Final, NamedTuple
 
 from h2mv_dist.config import StorageOptions, canonical_json
-from h2mv_dist.errors import StoreError, describe
-from h2mv_dist.io.stores import displayed, get_object, join, list_objects, put_object
+from h2mv_dist.errors import ConfigError, StoreError, describe
+from h2mv_dist.grid import Period
+from h2mv_dist.io.stores import delete_tree, displayed, get_object, join, list_objects, put_object
 
-FINISH_UNIT: Final = "finish"
-"""The unit that comes after all tiles: constants and consolidated metadata."""
-
-_SUFFIX: Final = ".json"
-_UNIT: Final = re.compile(r"[\w.-]+", re.ASCII)
+_NAME: Final = re.compile(
+    r"(?P<tile>[\d_-]+)/(?P<period>[\d-]+\.\.[\d-]+)\.v(?P<edition>\d+)\.json", re.ASCII
+)
 _READERS: Final = 8
 """Receipts read at a time: they are tiny, so a remote ledger costs round trips and nothing else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Says that a unit of work is finished and stored.
+class Covered(NamedTuple):
+    """What a receipt's name says.
 
     Attributes:
-        unit: name of the unit: letters, digits, ``_``, ``-`` and ``.``.
+        tile: name of the tile.
+        period: its days.
+        edition: how often the cube had been rolled back when it was made.
+    """
+
+    tile: str
+    period: Period
+    edition: int
+
+    @property
+    def key(self) -> str:
+        """Name of the receipt's object.
+
+        >>> Covered("0-10_0-10", Period(date(2001, 1, 1), date(2002, 1, 1)), 0).key
+        '0-10_0-10/2001-01-01..2002-01-01.v0.json'
+        """
+        return f"{self.tile}/{self.period}.v{self.edition}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Says that a tile is finished and stored over some days.
+
+    Attributes:
         fingerprint: which model, data, grid and settings it was made with.
-        checksum: SHA-256 of the values it wrote, from the sink.
+        static: SHA-256 of the static values, from the sink; empty where the stretch is not the cube's first.
+        blocks: SHA-256 of the daily values of each time block, from the sink.
+        months: SHA-256 of the means over each month that ends in the stretch.
+        forcing: SHA-256 of the forcing it was computed from.
+        missing: values on land that are not finite.
+        residual: largest gap of the water budget on any day and cell, mm; None for models without one.
         seconds: how long it took.
     """
 
-    unit: str
     fingerprint: str
-    checksum: str
+    static: str
+    blocks: tuple[str, ...]
+    months: tuple[str, ...]
+    forcing: str
+    missing: int
+    residual: float | None
     seconds: float
 
-    def __post_init__(self) -> None:
-        texts = (self.unit, self.fingerprint, self.checksum)
-        if not all(isinstance(text, str) and text for text in texts) or not _UNIT.fullmatch(self.unit):
-            raise StoreError(f"a receipt needs a plain unit name, a fingerprint and a checksum, not {texts}")
-        if not isinstance(self.seconds, int | float) or not 0 <= self.seconds < math.inf:
-            raise StoreError(f"receipt of {self.unit}: seconds must be finite and >= 0, not {self.seconds!r}")
-
     def to_json(self) -> bytes:
-        """One spelling for one receipt.
-
-        >>> Receipt("0-10_0-10", "f", "c", 1.5).to_json()
-        b'{"checksum":"c","fingerprint":"f","seconds":1.5,"unit":"0-10_0-10"}'
-        """
+        """One spelling for one receipt."""
         return canonical_json(asdict(self)).encode()
 
     @staticmethod
@@ -64,58 +83,84 @@ class Receipt:
             StoreError: the bytes are not a complete receipt.
         """
         try:
-            return Receipt(**json.loads(data))
+            found = Receipt(**json.loads(data))
+            texts = (found.fingerprint, found.static, found.forcing, *found.blocks, *found.months)
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a text has another type")
         except (ValueError, TypeError) as error:
             raise StoreError(f"not a complete receipt: {error}") from error
+        return replace(found, blocks=tuple(found.blocks), months=tuple(found.months))
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The receipts of the cube at ``url``; ``options`` are those of its store."""
+    """The receipts of the cube at ``url``.
+
+    Attributes:
+        url: of the cube.
+        options: of its store.
+        rollbacks: days from which the cube was computed anew, in order; see :func:`is_current`.
+    """
 
     url: str
     options: StorageOptions
+    rollbacks: tuple[date, ...] = ()
 
-    def record(self, receipt: Receipt) -> None:
-        """Store a receipt; the last thing done for its unit.
+    @property
+    def edition(self) -> int:
+        """What new receipts are marked with."""
+        return len(self.rollbacks)
+
+    def record(self, tile: str, period: Period, receipt: Receipt) -> None:
+        """Store a receipt; the last thing done for its tile and days.
 
         Raises:
             StoreError: the store cannot be reached or written.
         """
-        put_object(self._place(receipt.unit + _SUFFIX), receipt.to_json(), self.options)
+        put_object(self._place(Covered(tile, period, self.edition).key), receipt.to_json(), self.options)
 
-    def receipts(self) -> Mapping[str, Receipt]:
-        """Every receipt by its unit, in order of their names.
+    def covered(self, tile: str = "") -> Mapping[str, tuple[Covered, ...]]:
+        """Tile -> what its valid receipts cover, by day; costs a listing.
 
         Raises:
             StoreError: an object is not a receipt, or the store cannot be read.
         """
-        names = list_objects(ledger_url(self.url), self.options)
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = tuple(pool.map(self._read, names))
-        return MappingProxyType({receipt.unit: receipt for receipt in found})
+        found: dict[str, list[Covered]] = {}
+        for name in list_objects(join(ledger_url(self.url), tile), self.options):
+            one = self._parsed(join(tile, name) if tile else name)
+            if is_current(one.edition, one.period.stop, self.rollbacks):
+                found.setdefault(one.tile, []).append(one)
+        return {name: tuple(sorted(parts, key=_by_day)) for name, parts in found.items()}
 
-    def missing(self, units: Sequence[str], fingerprint: str) -> tuple[str, ...]:
-        """The units without a receipt, in the given order.
+    def receipts(self, covered: Sequence[Covered]) -> Iterator[Receipt]:
+        """Their receipts, in their order.
 
         Raises:
-            StoreError: a receipt belongs to another fingerprint, or is not a receipt.
+            StoreError: an object is not a receipt, or the store cannot be read.
         """
-        done = self.receipts()
-        for receipt in done.values():
-            if receipt.fingerprint != fingerprint:
-                raise self._foreign(receipt, fingerprint)
-        return tuple(unit for unit in units if unit not in done)
+        with ThreadPoolExecutor(_READERS) as pool:
+            yield from pool.map(self._read, covered)
 
-    def _read(self, name: str) -> Receipt:
-        data = get_object(self._place(name), self.options)
+    def forget(self, covered: Iterable[Covered]) -> None:
+        """Delete receipts, so that what they cover is done again."""
+        for one in covered:
+            delete_tree(self._place(one.key), self.options)
+
+    def _parsed(self, name: str) -> Covered:
+        match = _NAME.fullmatch(name)
         try:
-            receipt = Receipt.from_json(data)
-        except StoreError as error:
+            if match is None:
+                raise ConfigError("its name is not TILE/START..END.vN.json")
+            return Covered(match["tile"], Period.parse(match["period"]), int(match["edition"]))
+        except ConfigError as error:
             raise self._unreadable(name, str(error)) from error
-        if name != receipt.unit + _SUFFIX:
-            raise self._unreadable(name, f"it is the receipt of {receipt.unit}")
-        return receipt
+
+    def _read(self, covered: Covered) -> Receipt:
+        data = get_object(self._place(covered.key), self.options)
+        try:
+            return Receipt.from_json(data)
+        except StoreError as error:
+            raise self._unreadable(covered.key, str(error)) from error
 
     def _place(self, name: str) -> str:
         return join(ledger_url(self.url), name)
@@ -123,24 +168,56 @@ class Ledger:
     def _unreadable(self, name: str, reason: str) -> StoreError:
         return StoreError(
             describe(
-                "a receipt cannot be used, so nobody knows whether its unit is finished",
+                "a receipt cannot be used, so nobody knows whether its tile is finished",
                 where=displayed(self._place(name)),
-                expected="one complete receipt, named after its unit",
+                expected="one complete receipt, named after what it covers",
                 actual=reason,
-                fix="delete this object: its unit is then done again",
+                fix="delete this object: its tile is then done again",
             )
         )
 
-    def _foreign(self, receipt: Receipt, fingerprint: str) -> StoreError:
-        return StoreError(
-            describe(
-                "a receipt belongs to another model, data set or settings; nothing was touched",
-                where=displayed(self._place(receipt.unit + _SUFFIX)),
-                expected=f"fingerprint {fingerprint}",
-                actual=f"fingerprint {receipt.fingerprint}",
-                fix="choose another path for the cube, or set inference.overwrite to replace both",
-            )
-        )
+
+def _by_day(covered: Covered) -> tuple[date, date]:
+    return covered.period.start, covered.period.stop
+
+
+def is_current(edition: int, until: date, rollbacks: Sequence[date]) -> bool:
+    """Whether what was made in an edition, and reaches until some day, outlived all later rollbacks.
+
+    >>> rollbacks = [date(2003, 1, 1)]
+    >>> is_current(0, date(2002, 1, 1), rollbacks), is_current(0, date(2004, 1, 1), rollbacks)
+    (True, False)
+    """
+    return edition <= len(rollbacks) and all(until <= day for day in rollbacks[edition:])
+
+
+def gaps(covered: Sequence[Covered], wanted: Period) -> tuple[Period, ...]:
+    """The days of ``wanted`` that no receipt covers, as stretches.
+
+    >>> days = [date(2001, 1, d) for d in (1, 3, 5, 9)]
+    >>> [str(g) for g in gaps([Covered("t", Period(days[1], days[2]), 0)], Period(days[0], days[3]))]
+    ['2001-01-01..2001-01-03', '2001-01-05..2001-01-09']
+    """
+    found, reached = [], wanted.start
+    for _, period, _ in sorted(covered, key=_by_day):
+        if period.start > reached:
+            found.append(Period(reached, min(period.start, wanted.stop)))
+        reached = max(reached, period.stop)
+        if reached >= wanted.stop:
+            break
+    if reached < wanted.stop:
+        found.append(Period(reached, wanted.stop))
+    return tuple(found)
+
+
+def ended_months(whole: Period, part: Period) -> tuple[Period, ...]:
+    """Whole months of a cube that end in a part of its days.
+
+    >>> whole = Period(date(2001, 1, 15), date(2001, 4, 10))
+    >>> [str(m) for m in ended_months(whole, Period(date(2001, 2, 5), date(2001, 3, 1)))]
+    ['2001-02-01..2001-03-01']
+    """
+    return tuple(month for month in whole.months() if part.start < month.stop <= part.stop)
 
 
 def ledger_url(cube_url: str) -> str:

@@ -5,23 +5,23 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from types import EllipsisType
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.abc.store import Store
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
-from h2mv_dist.io.cube import ONE_OWNER, CubeLayout
+from h2mv_dist.io.cube import KEPT_BITS, MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
-from h2mv_dist.io.stores import displayed, explained, open_store
-from h2mv_dist.spec import Float32Array
+from h2mv_dist.io.stores import displayed, explained, open_store, without_read_back
+from h2mv_dist.spec import Budget, Float32Array
 
+Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
@@ -49,7 +49,7 @@ class Sink:
         """A sink over an open store; ``url`` and ``options`` only serve to explain its failures."""
         names = (*layout.daily, *layout.static, *layout.constants)
         with explained(url, options):
-            return Sink(layout, _opened(_NoReadBack(store), layout, names), url, options)
+            return Sink(layout, _opened(without_read_back(store), layout, names), url, options)
 
     def write(self, tile: Tile, period: Period, values: Mapping[str, Float32Array]) -> str:
         """Write all daily variables of one tile and time block.
@@ -72,6 +72,10 @@ class Sink:
         """Write all static variables of one tile, each [member, cell]; see :meth:`write`."""
         return self._put(_region(self.layout, tile, None), values)
 
+    def write_month(self, tile: Tile, month: Period, values: Mapping[str, Float32Array]) -> str:
+        """Write the means of one month of one tile, each [member, cell]; see :meth:`write`."""
+        return self._put(_month_region(self.layout, tile, month), values)
+
     def write_constants(self, values: Mapping[str, Float32Array]) -> str:
         """Write all constants, each [member]; see :meth:`write`."""
         return self._put(_region(self.layout, None, None), values)
@@ -84,9 +88,9 @@ class Sink:
     def _written(self, region: "_Region", values: Mapping[str, Float32Array]) -> Iterator[Float32Array]:
         """Write one array after the other, each handed on, so that one at a time is in memory."""
         for name in region.names:
-            for array_name, reduced in _reduced(self.layout, name, values[name]):
+            for array_name, reduced in _arrays(self.layout, name, values[name]):
                 block = reduced if region.land is None else _expanded(reduced, region.land)
-                self.arrays[array_name][region.where] = block
+                self.arrays[array_name + region.suffix][region.where] = block
                 yield block
 
 
@@ -111,83 +115,112 @@ class StoredValues:
         with explained(url, options):
             return StoredValues(layout, _opened(store, layout, names), url, options)
 
-    def checksum(self, *, tile: Tile | None = None, period: Period | None = None) -> str:
+    def checksum(
+        self, *, tile: Tile | None = None, period: Period | None = None, month: Period | None = None
+    ) -> str:
         """What the matching ``write`` returned, worked out again from the stored values.
 
-        With a tile and a period: daily variables; with a tile only: static ones; with neither: constants.
+        With a tile and a period: daily variables; with a tile and a month: their means over it; with a tile
+        only: static ones; with nothing: constants.
 
         Raises:
             DamagedError: what is stored does not match its own checksums.
             StoreError: the region is not made of whole shards, or cannot be read.
         """
-        region = _region(self.layout, tile, period)
-        names = (array_name for name in region.names for array_name in self.layout.arrays_of(name))
+        if tile is not None and month is not None:
+            region = _month_region(self.layout, tile, month)
+        else:
+            region = _region(self.layout, tile, period)
+        arrays = (array for name in region.names for array in self.layout.arrays_of(name))
+        names = (array + region.suffix for array in arrays)
         with explained(self.url, self.options):
-            return _checksum(_read(self.arrays[name], region, self.url) for name in names)
+            return _checksum(_read(self.arrays[name], region.where, self.url) for name in names)
 
-    def tile_checksum(self, tile: Tile) -> str:
-        """What the receipt of a tile should say: its static variables, then its time blocks."""
-        blocks = self.layout.period.blocks(self.layout.shard_days)
-        parts = [self.checksum(tile=tile), *(self.checksum(tile=tile, period=block) for block in blocks)]
-        return unit_checksum(parts)
+    def budget_residual(self, tile: Tile, period: Period, budget: Budget) -> float:
+        """Largest gap of the budget on the days of a period, over members and land cells, mm.
 
+        The cube's first day has none before it, and is left out.
 
-def unit_checksum(checksums: Iterable[str]) -> str:
-    """What the receipt of a unit says: SHA-256 over the checksums of its writes, in their order."""
-    return hashlib.sha256("".join(checksums).encode()).hexdigest()
+        Raises:
+            DamagedError: what is stored does not match its own checksums.
+            StoreError: it cannot be read.
+        """
+        first = period.first - self.layout.period.first
+        days = slice(max(first - 1, 0), first + period.n_days)
+        land = self.layout.grid.mask[tile.slices]
+        with explained(self.url, self.options):
+            parts = {n: _read(self.arrays[n], (..., days, *tile.slices), self.url) for n in budget.terms}
+        return budget.residual({n: np.asarray(p[..., land], np.float64) for n, p in parts.items()})
 
 
 class DamagedError(StoreError):
     """Stored values do not match their own checksums."""
 
 
-class _NoReadBack(WrapperStore[Store]):
-    """Answers every read of array data with "not there".
-
-    zarr 3.1 merges each write with the shard that is stored, even when the write covers all of it: a useless
-    request, and a torn shard would stop its own replacement.
-    """
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
-
-
 class _Region(NamedTuple):
     """Part of a cube that one call writes.
 
-    ``land`` is the tile's mask [*space]; ``packed`` the shape of its values after the member axis.
+    ``where`` is the same for arrays with and without a member axis, which comes first; ``land`` is the tile's
+    mask [*space]; ``packed`` the shape of its values after the member axis; ``suffix`` of the arrays' names.
     """
 
     names: tuple[str, ...]
-    where: tuple[slice, ...]
+    where: Where
     packed: tuple[int, ...]
     land: BoolArray | None
+    suffix: str = ""
 
 
 def _region(layout: CubeLayout, tile: Tile | None, period: Period | None) -> _Region:
-    members = (slice(None),) if layout.member_axis else ()
     if tile is None:
-        return _Region(layout.constants, members, (), None)
+        return _Region(layout.constants, (...,), (), None)
     _check_tile(layout, tile)
     land = layout.grid.mask[tile.slices]
     n_land = int(land.sum())
     if period is None:
-        return _Region(layout.static, (*members, *tile.slices), (n_land,), land)
+        return _Region(layout.static, (..., *tile.slices), (n_land,), land)
     days = _whole_time_shard(layout, period)
-    return _Region(layout.daily, (*members, days, *tile.slices), (period.n_days, n_land), land)
+    return _Region(layout.daily, (..., days, *tile.slices), (period.n_days, n_land), land)
 
 
-def _reduced(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
-    """Arrays of one variable from its values [member, ...]: as they are, or mean and spread over members."""
-    if layout.member_axis:
-        yield name, values
-        return
+def _month_region(layout: CubeLayout, tile: Tile, month: Period) -> _Region:
+    _check_tile(layout, tile)
+    land = layout.grid.mask[tile.slices]
+    index = layout.period.months().index(month)
+    return _Region(layout.monthly, (..., index, *tile.slices), (int(land.sum()),), land, MONTHLY)
+
+
+def _arrays(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
+    """What each array of one variable holds of its values [member, ...]."""
+    for array_name, form in layout.forms_of(name).items():
+        formed = _formed(values, form)
+        yield array_name, rounded(formed, KEPT_BITS) if name in layout.rounded else formed
+
+
+def _formed(values: Float32Array, form: Form) -> Float32Array:
+    """Members as they are, or their mean or spread."""
     # In float64 and in the order of the members, so that the same values give the same bytes.
-    yield name, np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
-    for spread in layout.arrays_of(name)[1:]:
-        yield spread, np.asarray(np.std(values, axis=0, dtype=np.float64), np.float32)
+    match form:
+        case "members":
+            return values
+        case "mean":
+            return np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
+        case "spread":
+            return np.asarray(np.std(values, axis=0, dtype=np.float64), np.float32)
+
+
+def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
+    """Values to the nearest that has so many bits of mantissa, ties to even; what is not finite stays.
+
+    >>> rounded(np.array([1.0, 0.1, np.nan], np.float32), 2)
+    array([1.   , 0.09375, nan], dtype=float32)
+    """
+    dropped = np.uint32(23 - kept_bits)
+    bits = values.view(np.uint32)
+    odd = (bits >> dropped) & np.uint32(1)
+    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
+    nearest = ((bits + half + odd) >> dropped) << dropped
+    return np.where(np.isfinite(values), nearest.view(np.float32), values)
 
 
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
@@ -205,26 +238,39 @@ def _checksum(blocks: Iterable[Float32Array]) -> str:
     return digest.hexdigest()
 
 
-def _read(array: ZarrArray, region: _Region, url: str) -> Float32Array:
+def _read(array: ZarrArray, where: Where, url: str) -> Float32Array:
     try:
-        return np.asarray(array[region.where], np.float32)
+        return np.asarray(array[where], np.float32)
     # What zarr raises where the CRC-32C of a chunk or of a shard's index does not match.
     except ValueError as error:
         raise DamagedError(
             describe(
                 "stored values are damaged",
-                where=f"{displayed(url)}, array {array.name}, {region.where}",
+                where=f"{displayed(url)}, array {array.name}, {where}",
                 expected="chunks that match their checksums",
                 actual=str(error),
-                fix="delete the receipt of this tile and run again: the tile is then written anew",
+                fix="h2mv-dist verify-cube --repair writes what is damaged anew",
             )
         ) from error
 
 
 def _opened(store: Store, layout: CubeLayout, names: Iterable[str]) -> dict[str, ZarrArray]:
-    """The arrays of these variables, in the order of the layout."""
-    found = (array_name for name in names for array_name in layout.arrays_of(name))
-    return {name: zarr.open_array(store, path=name, mode="r" if store.read_only else "r+") for name in found}
+    """The arrays of these variables, in the order of the layout, and as long as the layout says.
+
+    Days that are appended are written before readers are shown them.
+    """
+    found = [array_name for name in names for array_name in layout.arrays_of(name)]
+    found += monthly_arrays(layout)
+    mode: Literal["r", "r+"] = "r" if store.read_only else "r+"
+    return {name: _as_long(zarr.open_array(store, path=name, mode=mode), layout) for name in found}
+
+
+def _as_long(array: ZarrArray, layout: CubeLayout) -> ZarrArray:
+    metadata = array.async_array.metadata
+    axes = zip(metadata.dimension_names or (), metadata.shape, strict=True)
+    grown = lengths(layout.period)
+    shape = tuple(grown.get(str(axis), size) for axis, size in axes)
+    return zarr.Array(zarr.AsyncArray(replace(metadata, shape=shape), array.store_path))
 
 
 def _check_tile(layout: CubeLayout, tile: Tile) -> None:

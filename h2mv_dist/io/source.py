@@ -17,7 +17,7 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.handles import Handle, whole_chunks
+from h2mv_dist.io.handles import Handle, contents_of, whole_chunks
 from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
@@ -154,16 +154,30 @@ class Source:
             *self.arrays.static,
             *(t.handle for t in self.arrays.targets.values()),
         ]
-        places: dict[str, set[str]] = {}
-        for handle in handles:
-            places.setdefault(handle.url, set()).update(handle.paths)
-        options = handles[0].options
-        contents = [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+        contents = contents_of(handles)
         meaning = {
             "period": str(self.period),
             "columns": [self.forcing, self.static, tuple(self.targets)],
             "conversions": [list(handle.conversion) for handle in handles],
             "mask": hashlib.sha256(np.packbits(self.grid.mask).tobytes()).hexdigest(),
+        }
+        return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
+
+    def identity(self) -> str:
+        """SHA-256 of what the data are; the same while forcing merely grows, or is replaced.
+
+        Forcing counts with its names, units and axes but not with its values; static features with their
+        objects, the mask with its values.
+        """
+        static = self.arrays.static
+        contents = [content_fingerprint(h.url, h.options, h.paths) for h in static]
+        grid = (self.grid.lat, self.grid.lon, self.grid.mask.astype(np.float64))
+        meaning = {
+            "columns": [self.forcing, self.static],
+            "conversions": [list(handle.conversion) for handle in (*self.arrays.forcing, *static)],
+            "grid": [
+                hashlib.sha256(np.ascontiguousarray(axis, "<f8").tobytes()).hexdigest() for axis in grid
+            ],
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
 

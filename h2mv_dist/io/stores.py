@@ -22,8 +22,9 @@ from typing import Any, Final, NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
-from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
@@ -57,6 +58,15 @@ def open_store(url: str, options: StorageOptions, *, read_only: bool) -> Store:
             place = _s3(url, options, asynchronous=True)
             return FsspecStore(place.filesystem, path=place.path, read_only=read_only)
         return FsspecStore.from_url(url, storage_options=_given(url, options), read_only=read_only)
+
+
+def without_read_back(store: Store) -> Store:
+    """A store to write whole shards to, in which array data seem not to be there.
+
+    zarr 3.1 merges each write with the shard that is stored, even when the write covers all of it: a useless
+    request, and a torn shard would stop its own replacement.
+    """
+    return _NoReadBack(store)
 
 
 def put_object(url: str, data: bytes, options: StorageOptions) -> None:
@@ -277,6 +287,13 @@ def displayed(url: str) -> str:
     'ftp://***@host/cube'
     """
     return _USER_INFO.sub("***@", url)
+
+
+class _NoReadBack(WrapperStore[Store]):
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
 
 
 class _Remote(NamedTuple):

@@ -46,6 +46,10 @@ class TileForcing:
         lengths = [min(self.block_days, n_days - first) for first in range(0, n_days, self.block_days)]
         return one_ahead(recut(map(self._part, self.parts), lengths))
 
+    def begins(self, period: Period) -> bool:
+        """Whether :meth:`blocks` can give the days of a period."""
+        return self.period.start == period.start and period.stop <= self.period.stop
+
     @property
     def n_bytes(self) -> int:
         """Projected peak of what is in memory at once."""

@@ -1,5 +1,6 @@
 """Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
@@ -70,7 +71,13 @@ class Times(NamedTuple):
         return self.stamps.astype("datetime64[D]").astype(np.int64)
 
 
-def _times(found: Found) -> Times:
+def times_of(found: Found) -> Times:
+    """The time stamps of an array.
+
+    Raises:
+        DataError: there are none, or they cannot be understood.
+        StoreError: they cannot be read.
+    """
     coordinate = coordinate_of(found, "time")
     if coordinate is None or coordinate.array.ndim != 1:
         raise DataError(
@@ -82,10 +89,16 @@ def _times(found: Found) -> Times:
                 fix="add it beside the array, named like its time dimension",
             )
         )
-    return Times(str(coordinate.array.dims[0]), _stamps(found, coordinate), coordinate.path)
+    return Times(str(coordinate.array.dims[0]), stamps_of(found, coordinate), coordinate.path)
 
 
-def _stamps(found: Found, coordinate: Coordinate) -> NDArray[np.datetime64]:
+def stamps_of(found: Found, coordinate: Coordinate) -> NDArray[np.datetime64]:
+    """Decoded values of a time coordinate, or of its bounds, [*coordinate].
+
+    Raises:
+        DataError: they cannot be understood.
+        StoreError: they cannot be read.
+    """
     calendar = attribute(coordinate.array, "calendar", "standard").lower()
     if calendar not in _CALENDARS:
         raise DataError(
@@ -99,7 +112,9 @@ def _stamps(found: Found, coordinate: Coordinate) -> NDArray[np.datetime64]:
         )
     reader = xr.coders.CFDatetimeCoder(time_unit="s")
     try:
-        with explained(found.group.url, found.options):
+        with explained(found.group.url, found.options), warnings.catch_warnings():
+            # hours as fractions are never exact to the second, nor do they have to be
+            warnings.filterwarnings("ignore", "Can't decode floating point", xr.SerializationWarning)
             decoded = xr.conventions.decode_cf_variable("time", coordinate.array, decode_times=reader)
             stamps: NDArray[np.datetime64] = decoded.to_numpy()
     except (ValueError, OverflowError) as error:
@@ -135,7 +150,7 @@ def daily_times(found: Found) -> DailyTimes:
         DataError: a day is missing, doubled or out of order, or the time coordinate cannot be understood.
         StoreError: it cannot be read.
     """
-    times = _times(found)
+    times = times_of(found)
     days = times.days()
     if days.size == 0:
         raise DataError(f"{found.where} has no time step")
@@ -158,7 +173,7 @@ def _refuse_sub_daily(found: Found, times: Times) -> None:
                 where=found.where,
                 expected="one step a day",
                 actual=f"steps of {typical / 3600:g} hours",
-                fix="aggregate to daily values first",
+                fix="make daily values of them first: h2mv-dist prepare",
             )
         )
 
@@ -189,7 +204,7 @@ def target_steps(found: Found) -> tuple[Times, StepAxis]:
             understood.
         StoreError: it cannot be read.
     """
-    times = _times(found)
+    times = times_of(found)
     days = times.days()
     if days.size == 0:
         raise DataError(f"{found.where} has no time step")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
-TaskKind = Literal["fold", "summary", "tile", "finish"]
+TaskKind = Literal["fold", "summary", "tile", "finish", "prepare"]
 FailureKind = Literal["refused", "machine", "full", "busy", "failed", "peer", "preempted", "cancelled"]
 """Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
 
@@ -31,7 +31,7 @@ class Failure(NamedTuple):
 
 @dataclass(slots=True)
 class Unit:
-    """One piece of a job that runs on a gang of workers: a fold, a tile, or the end of a cube.
+    """One piece of a job that runs on a gang of workers: a fold, a tile, some days, or the end of a cube.
 
     Attributes:
         name: unique in its job.

@@ -101,6 +101,10 @@ def _result(message: Message, place: Place) -> Any:
             from h2mv_dist.jobs.summary import summarize_unit
 
             return summarize_unit(message)
+        case "prepare":
+            from h2mv_dist.jobs.prepare import run_prepare_unit
+
+            return run_prepare_unit(message)
         case _:
             from h2mv_dist.jobs.tiles import run_tile_unit
 

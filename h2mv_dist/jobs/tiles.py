@@ -1,29 +1,33 @@
 """One tile of global inference, on a worker.
 
-The tile's forcing is streamed in blocks of days. Each member is spun up, then runs block by block with its
-state carried over; while a block computes, the one before is written and the next one is read.
+The tile's forcing is streamed in blocks of days, through all members, whose states are carried over; while a
+block computes, the one before is written and the next one is read. A stretch of days ends with a snapshot of
+the states and a receipt; what has a receipt is never computed again.
 """
 
+import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise
 
-import numpy as np
 import torch
 
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import JobError, describe
-from h2mv_dist.grid import Period, Tile
-from h2mv_dist.io.cube_store import consolidate
-from h2mv_dist.io.ledger import FINISH_UNIT, Ledger, Receipt
-from h2mv_dist.io.sink import Sink, unit_checksum
-from h2mv_dist.io.tile_forcing import TileForcing
-from h2mv_dist.jobs.inference import CubePlan, plan_from_message
+from h2mv_dist.grid import Period, Tile, as_date
+from h2mv_dist.io.cube import Progress
+from h2mv_dist.io.cube_store import publish
+from h2mv_dist.io.ledger import Ledger, Receipt, gaps
+from h2mv_dist.io.sink import Sink
+from h2mv_dist.io.snapshots import Snapshots
+from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
+from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of
 from h2mv_dist.jobs.tasks import Message, report
-from h2mv_dist.model.base import Batch, ProcessModel, Result, State
-from h2mv_dist.model.rollout import run_block
-from h2mv_dist.spec import Float32Array
+from h2mv_dist.model.base import Batch
+from h2mv_dist.model.ensemble import Ensemble
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,10 @@ class TileContext:
     """What a worker keeps between the tiles of one cube."""
 
     plan: CubePlan
-    models: tuple[ProcessModel, ...]
+    ensemble: Ensemble
     cube: Sink
     ledger: Ledger
+    snapshots: Snapshots
 
 
 _contexts: dict[str, TileContext] = {}
@@ -41,158 +46,215 @@ _contexts: dict[str, TileContext] = {}
 
 
 def run_tile_unit(message: Message) -> None:
-    """Compute a tile, or finish the cube; the receipt is written last."""
+    """Compute what is missing of a tile, or finish the cube."""
     context = _context(message)
     torch.set_num_threads(context.plan.settings.inference.threads)
     started = time.monotonic()
     if message["task"] == "finish":
-        unit, written = FINISH_UNIT, finish_cube(context)
+        finish_cube(context)
     else:
-        tile = Tile(tuple(message["start"]), tuple(message["stop"]))
-        unit, written = tile.name, compute_tile(context, tile)
-    seconds = round(time.monotonic() - started, 3)
-    fingerprint = context.plan.layout.fingerprint
-    context.ledger.record(Receipt(unit, fingerprint, written, seconds))
-    report(message, event="tile", seconds=seconds)
+        compute_tile(context, Tile(tuple(message["start"]), tuple(message["stop"])))
+    report(message, event="tile", seconds=round(time.monotonic() - started, 3))
 
 
 def _context(message: Message) -> TileContext:
     # not the job's name: a cube that is replaced keeps its name, but not its model
-    key = canonical_json([message["cube"], message["provenance"], message["settings"]])
+    key = canonical_json([message[name] for name in ("cube", "provenance", "settings", "period", "progress")])
     if key not in _contexts:
         planned = plan_from_message(message)
-        options = StorageOptions(message["storage_options"])
-        cube = Sink.open(message["cube"], planned.layout, options)
-        models = tuple(c.build_model() for c in planned.checkpoints)
         _contexts.clear()
-        _contexts[key] = TileContext(planned, models, cube, Ledger(message["cube"], options))
+        _contexts[key] = open_context(planned, message["cube"], StorageOptions(message["storage_options"]))
     return _contexts[key]
 
 
-def finish_cube(context: TileContext) -> str:
-    """Write what belongs to no tile, and make the cube whole for readers; returns a checksum.
+def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileContext:
+    """Open a cube that exists, with everything it takes to fill it.
 
     Raises:
-        JobError: a tile has no receipt.
+        StoreError: there is no such cube, or it cannot be reached.
     """
-    layout, source = context.plan.layout, context.plan.source
-    _require_receipts(context)
-    no_cells = Batch(torch.zeros(0, 1, len(source.forcing)), torch.zeros(0, len(source.static)), {})
-    with torch.no_grad():
-        results = [model(no_cells, model.initial_state(0)) for model in context.models]
-    values = {n: np.stack([r.constants[n].numpy() for r in results]) for n in layout.constants}
-    written = [context.cube.write_constants(values)] if values else []
-    consolidate(context.cube.url, context.cube.options)
-    return unit_checksum(written)
+    rollbacks = planned.progress.rollbacks if planned.progress else ()
+    return TileContext(
+        plan=planned,
+        ensemble=Ensemble([c.build_model() for c in planned.checkpoints], inference_device()),
+        cube=Sink.open(cube, planned.layout, options),
+        ledger=Ledger(cube, options, rollbacks),
+        snapshots=Snapshots(cube, options, planned.layout.fingerprint, rollbacks),
+    )
 
 
-def _require_receipts(context: TileContext) -> None:
-    layout = context.plan.layout
-    missing = context.ledger.missing([tile.name for tile in layout.tiles], layout.fingerprint)
-    if missing:
+def inference_device() -> torch.device:
+    """The GPU of the worker this runs on, if it was started with one."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def finish_cube(context: TileContext) -> None:
+    """Write what belongs to no tile, show readers the whole cube, and drop snapshots that are not needed.
+
+    Raises:
+        JobError: days of a tile have no receipt.
+    """
+    layout, options = context.plan.layout, context.cube.options
+    covered = context.ledger.covered()
+    _require_receipts(context, {n: gaps(covered.get(n, ()), layout.period) for n in _tile_names(context)})
+    progress = Progress(layout.period, True, context.ledger.rollbacks, _constants(context))
+    publish(context.cube.url, layout, progress, options)
+    kept = days_to_keep(context.plan)
+    for name in _tile_names(context):
+        context.snapshots.forget(name, [day for day in context.snapshots.days(name) if kept(day)])
+
+
+def _tile_names(context: TileContext) -> list[str]:
+    return [tile.name for tile in context.plan.layout.tiles]
+
+
+def _constants(context: TileContext) -> str:
+    """Checksum of the constants, which are written once."""
+    plan = context.plan
+    known = plan.progress.constants if plan.progress else ""
+    if known or not plan.layout.constants:
+        return known
+    values = constants_of(context.ensemble, plan.source, plan.layout.constants)
+    return context.cube.write_constants(values)
+
+
+def days_to_keep(plan: CubePlan) -> Callable[[date], bool]:
+    """Which snapshots stay: the last ones, and those at multiples of ``state_days``."""
+    chosen, period = plan.settings.inference, plan.layout.period
+    oldest = period.first + period.n_days - chosen.keep_states * plan.layout.shard_days
+
+    def kept(day: date) -> bool:
+        first = Period(date(1970, 1, 1), day).n_days
+        regular = chosen.state_days is not None and (first - period.first) % chosen.state_days == 0
+        return regular or first >= oldest
+
+    return kept
+
+
+def _require_receipts(context: TileContext, missing: Mapping[str, Sequence[Period]]) -> None:
+    left = [f"{name}/{stretch}" for name, stretches in missing.items() for stretch in stretches]
+    if left:
         raise JobError(
             describe(
                 "tiles of the cube have no receipt",
                 where=context.cube.url,
-                expected=f"receipts of all {len(layout.tiles)} tiles before the cube is finished",
-                actual=f"none of {len(missing)} tiles, such as {missing[0]}",
+                expected=f"receipts of all {len(missing)} tiles before the cube is finished",
+                actual=f"none of {len(left)} stretches of days, such as {left[0]}",
                 fix="do not delete receipts while a cube is made; run h2mv-dist infer again",
             )
         )
 
 
-def compute_tile(context: TileContext, tile: Tile) -> str:
-    """Compute and write every output of a tile; returns a checksum of what was written."""
-    plan = context.plan
-    run = _TileRun(plan, context.models, tile)
-    states = run.after(plan.spinup)
-    references = run.baseline_means(states)
-    checksums: list[str] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        writing: Future[str] | None = None
-        for block, batch in run.blocks(plan.period):
-            states, values = run.outputs(batch, states, references)
-            if writing is None:
-                checksums.append(context.cube.write_static(tile, values.static))
-            else:
-                checksums.append(writing.result())
-            writing = writer.submit(context.cube.write, tile, block, values.daily)
-        if writing is not None:
-            checksums.append(writing.result())
-    return unit_checksum(checksums)
-
-
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """Outputs of all members for one block: daily [member, time, cell], static [member, cell]."""
-
-    daily: Mapping[str, Float32Array]
-    static: Mapping[str, Float32Array]
+def compute_tile(context: TileContext, tile: Tile) -> None:
+    """Compute and write every output of a tile, over the days that no receipt of it covers."""
+    covered = context.ledger.covered(tile.name).get(tile.name, ())
+    run = _TileRun(context, tile)
+    carried: Carried | None = None
+    for gap in gaps(covered, context.plan.layout.period):
+        carried = run.fill(gap, run.carried_to(gap.start, carried))
 
 
 class _TileRun:
-    """All members over the same forcing, each with its own state."""
+    """Fills a tile of a cube with what its members compute."""
 
-    def __init__(self, plan: CubePlan, models: tuple[ProcessModel, ...], tile: Tile) -> None:
-        self.plan, self.models = plan, models
-        self.forcing = TileForcing(plan.source, tile, plan.period, plan.layout.shard_days)
-        land = plan.source.grid.mask[tile.slices]
-        self.static = torch.from_numpy(plan.source.read_static(tile)[land])
+    def __init__(self, context: TileContext, tile: Tile) -> None:
+        plan, layout = context.plan, context.plan.layout
+        self.context, self.tile = context, tile
+        days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
+        outputs = (*layout.daily, *layout.static)
+        self.simulation = TileSimulation(
+            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly
+        )
 
-    def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
-        """The first days of the cube's period, block by block."""
-        forcing = self.forcing.blocks(period.n_days)
-        for block in period.blocks(self.plan.layout.shard_days):
-            yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
+    def carried_to(self, day: date, carried: Carried | None) -> Carried:
+        """What is remembered when ``day`` begins: carried over or kept, else worked out without writing."""
+        if carried is None or carried.day != day:
+            carried = self._latest(day)
+        return self.simulation.advance(carried, day)
 
-    def after(self, spinup: Period | None) -> list[State]:
-        """States after the spin-up, from empty stores."""
-        states = [m.initial_state(self.static.shape[0]) for m in self.models]
-        for _, batch in self.blocks(spinup) if spinup is not None else ():
-            states = run_block(self.models, batch, states, _nothing)
-        return states
+    def _latest(self, day: date) -> Carried:
+        snapshots = self.context.snapshots
+        usable = [kept for kept in snapshots.days(self.tile.name) if kept <= day]
+        if not usable:
+            return self.simulation.start()
+        arrays = snapshots.load(self.tile.name, usable[-1])
+        return Carried.of(usable[-1], arrays, self.context.plan.spec.state, self.context.ensemble.device)
 
-    def baseline_means(self, states: list[State]) -> dict[str, torch.Tensor]:
-        """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
-
-        Costs one more run up to the baseline's end, and no memory that grows with the period.
-        """
-        plan = self.plan
-        wanted = {n: s for n, s in plan.spec.anomalies.items() if n in plan.layout.daily}
-        if not wanted:
-            return {}
-        shape = (len(self.models), self.static.shape[0])
-        sums = {name: torch.zeros(shape, dtype=torch.float64) for name in wanted}
-        for block, batch in self.blocks(Period(plan.period.start, plan.baseline.stop)):
-            inside = torch.from_numpy(np.isin(block.days(), plan.baseline.days()))
-
-            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
-                for name, store in wanted.items():
-                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
-
-            states = run_block(self.models, batch, states, add)
-        return {name: (s / plan.baseline.n_days).float() for name, s in sums.items()}
-
-    def outputs(
-        self, batch: Batch, states: list[State], references: Mapping[str, torch.Tensor]
-    ) -> tuple[list[State], _Values]:
-        """Run a block; the states after it, and what goes into the cube."""
-        layout, anomalies = self.plan.layout, self.plan.spec.anomalies
-        members = len(self.models)
-        daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in layout.daily}
-        static = {n: np.empty((members, batch.n_cells), np.float32) for n in layout.static}
-
-        def keep(member: int, result: Result) -> None:
-            for name, values in daily.items():
-                found = result.daily[anomalies.get(name, name)]
-                if name in references:
-                    found = found - references[name][member].unsqueeze(1)
-                values[member] = found.T.numpy()
-            for name, once in static.items():
-                once[member] = result.static[name].numpy()
-
-        return run_block(self.models, batch, states, keep), _Values(daily, static)
+    def fill(self, gap: Period, carried: Carried) -> Carried:
+        """Compute and write some days, from what is carried to their first one; returns it after the last."""
+        ends = {stretch.stop for stretch in stretches(self.context.plan, gap)}
+        with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
+            stretch = _Stretch(self.context, self.tile, gap.start, writer)
+            for block, batch in self.simulation.blocks(gap):
+                carried, values = self.simulation.step(block, batch, carried)
+                stretch.write(block, batch, values)
+                if block.stop in ends:
+                    stretch.finish(carried)
+                    stretch = _Stretch(self.context, self.tile, block.stop, writer)
+        return carried
 
 
-def _nothing(_member: int, _result: Result) -> None:
-    """Of a spin-up only the states are kept."""
+class _Stretch:
+    """Days of a tile that get one receipt; while a block computes, the one before is written."""
+
+    def __init__(self, context: TileContext, tile: Tile, start: date, writer: ThreadPoolExecutor) -> None:
+        self.context, self.tile, self.start, self.writer = context, tile, start, writer
+        self.started = time.monotonic()
+        self.static, self.blocks, self.months, self.forcing = "", list[str](), list[str](), hashlib.sha256()
+        self.missing, self.residual = 0, list[float]()
+        self.writing: Future[str] | None = None
+
+    def write(self, block: Period, batch: Batch, values: Values) -> None:
+        """Hand over a block; returns once the one before is written."""
+        self._wait()
+        if block.start == self.context.plan.layout.period.start:
+            self.static = self.context.cube.write_static(self.tile, values.static) if values.static else ""
+        self.writing = self.writer.submit(self._written, block, values)
+        self.forcing.update(batch.forcing.numpy().tobytes())
+        self.missing += values.n_missing()
+        self.residual += [] if values.residual is None else [values.residual]
+
+    def finish(self, carried: Carried) -> None:
+        """Keep the states, then put the receipt."""
+        self._wait()
+        layout, tile = self.context.plan.layout, self.tile.name
+        if _is_whole(layout.period, carried.day, layout.shard_days):
+            self.context.snapshots.save(tile, carried.day, carried.arrays(self.context.plan.spec.state))
+        receipt = Receipt(
+            fingerprint=layout.fingerprint,
+            static=self.static,
+            blocks=tuple(self.blocks),
+            months=tuple(self.months),
+            forcing=self.forcing.hexdigest(),
+            missing=self.missing,
+            residual=max(self.residual, default=None),
+            seconds=round(time.monotonic() - self.started, 3),
+        )
+        self.context.ledger.record(tile, Period(self.start, carried.day), receipt)
+
+    def _written(self, block: Period, values: Values) -> str:
+        for month, means in values.months.items() if self.context.plan.layout.monthly else ():
+            self.months.append(self.context.cube.write_month(self.tile, month, means))
+        return self.context.cube.write(self.tile, block, values.daily)
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            self.blocks.append(self.writing.result())
+            self.writing = None
+
+
+def stretches(plan: CubePlan, gap: Period) -> Iterator[Period]:
+    """Cut days where states are to be kept: regularly if asked for, and where the last whole shard ends."""
+    period, shard = plan.layout.period, plan.layout.shard_days
+    every = plan.settings.inference.state_days or period.n_days
+    first, stop = gap.first - period.first, gap.first - period.first + gap.n_days
+    last_whole = stop // shard * shard
+    cuts = {*range(first // every * every, stop, every), last_whole, stop}
+    bounds = sorted({first, *(cut for cut in cuts if first < cut <= stop)})
+    for a, b in pairwise(bounds):
+        yield Period(as_date(period.first + a), as_date(period.first + b))
+
+
+def _is_whole(period: Period, day: date, shard_days: int) -> bool:
+    """Whether a shard of days ends where ``day`` begins."""
+    return (day - period.start).days % shard_days == 0

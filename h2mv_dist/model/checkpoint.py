@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from h2mv_dist import __version__
 from h2mv_dist.config import ModelSettings, canonical_json
 from h2mv_dist.errors import CheckpointError, describe
 from h2mv_dist.model.base import ProcessModel
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import Scaler
+from h2mv_dist.version import __version__
 
 METADATA_KEY: Final = "h2mv_dist"
 SCHEMA: Final = 1

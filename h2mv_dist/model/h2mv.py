@@ -15,7 +15,7 @@ from torch.nn import functional
 from h2mv_dist.model import water
 from h2mv_dist.model.base import Batch, ProcessModel, Result, State
 from h2mv_dist.model.networks import FeedbackLSTM, Memory, StaticEncoder
-from h2mv_dist.spec import ModelSpec, Scaler
+from h2mv_dist.spec import Budget, ModelSpec, Scaler
 
 SPEC: Final = ModelSpec(
     name="h2mv",
@@ -63,6 +63,12 @@ SPEC: Final = ModelSpec(
     static=("soil_moisture_capacity",),
     constants=("snowfall_correction", "baseflow_recession"),
     anomalies={"terrestrial_water_storage_anomaly": "terrestrial_water_storage"},
+    budget=Budget(
+        store="terrestrial_water_storage",
+        gains=("actual_precipitation",),
+        losses=("evapotranspiration", "runoff"),
+        states=("snow_water_equivalent", "soil_moisture", "groundwater_storage"),
+    ),
 )
 
 STATE_SCALE: Final = (100.0, 200.0, 200.0, 1.0)

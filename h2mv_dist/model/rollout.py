@@ -1,11 +1,8 @@
-"""Running models over time: spin-up, and long periods in blocks of days."""
-
-from collections.abc import Callable, Sequence
-from functools import partial
+"""Running a model over time without gradients."""
 
 import torch
 
-from h2mv_dist.model.base import Batch, ProcessModel, Result, State, detach
+from h2mv_dist.model.base import Batch, ProcessModel, State, detach
 
 
 @torch.no_grad()
@@ -22,28 +19,3 @@ def spin_up(model: ProcessModel, batch: Batch, n_days: int | None) -> State:
     if length == 0:
         return state
     return detach(model(batch.days(0, length), state).state)
-
-
-@torch.no_grad()
-def run_block(
-    models: Sequence[ProcessModel],
-    block: Batch,
-    states: Sequence[State],
-    receive: Callable[[int, Result], None],
-) -> list[State]:
-    """Run several models over the same block of days, without gradients; returns their states after it.
-
-    Args:
-        models: the members.
-        block: forcing and static features.
-        states: of each member before the block.
-        receive: takes what it needs of each member's result, which is gone when the next member runs.
-    """
-    members = enumerate(zip(models, states, strict=True))
-    return [_run(model, block, state, partial(receive, k)) for k, (model, state) in members]
-
-
-def _run(model: ProcessModel, block: Batch, state: State, receive: Callable[[Result], None]) -> State:
-    result: Result = model(block, state)
-    receive(result)
-    return result.state

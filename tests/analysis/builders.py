@@ -64,7 +64,7 @@ def write_cube(folder: Path, grid: Grid, member_axis: bool) -> Cube:
         static=("soil_moisture_capacity",),
         constants=("baseflow_recession",),
         members=(0, 1),
-        member_axis=member_axis,
+        members_as="all" if member_axis else "spread",
         chunk=(3,) * len(grid.dims),
         shard=(12,) * len(grid.dims),
         chunk_days=30,

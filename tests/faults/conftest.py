@@ -13,6 +13,7 @@ from h2mv_dist.config import Settings, as_toml, to_json
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import make_world
+from tests.conftest import S3Server
 from tests.faults.folds import EPOCHS, FinalBytes, final
 from tests.faults.processes import DaskProcesses
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -29,6 +30,14 @@ def world_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """141 land cells, one year, of which jobs use the first three months."""
     url = str(tmp_path_factory.mktemp("world") / "world.zarr")
     make_world(url, resolution=10.0, years=1, seed=3, options=NO_OPTIONS)
+    return url
+
+
+@pytest.fixture(scope="session")
+def s3_world(s3_server: S3Server, s3_bucket: str) -> str:
+    """The small world, in the object store."""
+    url = f"{s3_bucket}/faults/world.zarr"
+    make_world(url, resolution=10.0, years=1, seed=3, options=s3_server.options)
     return url
 
 

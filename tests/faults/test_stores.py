@@ -12,7 +12,6 @@ from h2mv_dist.jobs.handle import running
 from h2mv_dist.jobs.messages import FIRST_PAUSE_SECONDS
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import job_id, submit_training
-from h2mv_dist.jobs.worlds import make_world
 from tests.conftest import ProxiedS3, S3Server
 from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import NewSettings, settings_file, train
@@ -33,14 +32,6 @@ def lose_replies(proxy: FaultProxy) -> None:
     """The store has done what it was asked to, but nobody is told."""
     for name, times in LOST.items():
         proxy.plan("lose", times, "PUT", name)
-
-
-@pytest.fixture(scope="session")
-def s3_world(s3_server: S3Server, s3_bucket: str) -> str:
-    """The small world, in the object store."""
-    url = f"{s3_bucket}/faults/world.zarr"
-    make_world(url, resolution=10.0, years=1, seed=3, options=s3_server.options)
-    return url
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import numpy as np
 import xarray as xr
 
 from h2mv_dist.grid import Grid, Period, Tile
-from h2mv_dist.io.cube import FINGERPRINT, CubeLayout
-from h2mv_dist.io.cube_store import consolidate, create_cube
+from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress
+from h2mv_dist.io.cube_store import create_cube, publish
+from h2mv_dist.io.ledger import Ledger, Receipt
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.stores import content_fingerprint, get_object, join, list_objects
 from h2mv_dist.spec import Float32Array
@@ -73,7 +74,7 @@ def map_layout(**changes: Any) -> CubeLayout:
         static=STATIC,
         constants=CONSTANTS,
         members=(0, 3, 7),
-        member_axis=False,
+        members_as="spread",
         chunk=(2, 2),
         shard=(4, 4),
         chunk_days=2,
@@ -90,11 +91,12 @@ def basin_layout(**changes: Any) -> CubeLayout:
 
 LAYOUTS = {
     "spread": map_layout(),
-    "members": map_layout(member_axis=True),
+    "both": map_layout(members_as="both", rounded=("runoff",)),
+    "members": map_layout(members_as="all"),
     "one member": map_layout(members=(5,)),
     "one shard": map_layout(chunk=(10, 10), shard=(20, 20), tile=(20, 20), chunk_days=30, shard_days=30),
     "basins": basin_layout(),
-    "basin members": basin_layout(member_axis=True),
+    "basin members": basin_layout(members_as="all"),
 }
 
 
@@ -143,5 +145,30 @@ def fill(place: CubePlace, layout: CubeLayout, *, backwards: bool = False) -> di
         checksums = dict(zip(names, pool.map(lambda name: units[name](), names), strict=True))
     constants = {name: truth(layout)[name] for name in layout.constants}
     checksums["constants"] = sink.write_constants(constants)
-    consolidate(place.url, place.options)
+    progress = Progress(layout.period, True, (), checksums["constants"] if layout.constants else "")
+    publish(place.url, layout, progress, place.options)
     return checksums
+
+
+def fill_with_receipts(place: CubePlace, layout: CubeLayout) -> None:
+    """A whole cube, with one receipt a tile."""
+    checksums = fill(place, layout)
+    for tile in layout.tiles:
+        blocks = [f"{tile.name} {period}" for period in layout.period.blocks(layout.shard_days)]
+        written = receipt(
+            layout.fingerprint, static=checksums[tile.name], blocks=tuple(checksums[n] for n in blocks)
+        )
+        Ledger(place.url, place.options).record(tile.name, layout.period, written)
+
+
+def receipt(fingerprint: str = "abc", static: str = "s", blocks: tuple[str, ...] = ("b",)) -> Receipt:
+    return Receipt(
+        fingerprint=fingerprint,
+        static=static,
+        blocks=blocks,
+        months=(),
+        forcing="f",
+        missing=0,
+        residual=1e-5,
+        seconds=1.25,
+    )

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from h2mv_dist.errors import ConfigError
-from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, layout_of, projected_bytes, root_attributes
+from h2mv_dist.io.cube import (
+    FINGERPRINT,
+    CubeLayout,
+    Progress,
+    layout_of,
+    projected_bytes,
+    root_attributes,
+)
 from h2mv_dist.io.stores import get_object, join
 from tests.io.cubes import LAYOUTS, Case, CubePlace, fill, map_layout
 
@@ -32,7 +39,8 @@ def test_a_reader_finds_decoded_axes(case: Case) -> None:
             *layout.grid.dims,
         )
         assert ("member" in cube.coords) == layout.member_axis
-        assert ("runoff_spread" in cube) == (not layout.member_axis and len(layout.members) > 1)
+        assert ("runoff_spread" in cube) == (layout.members_as != "all" and len(layout.members) > 1)
+        assert ("runoff_mean" in cube) == (layout.members_as == "both")
 
 
 def test_a_map_follows_cf(on_disk: CubePlace) -> None:
@@ -91,7 +99,8 @@ def test_projected_sizes_are_the_real_ones(on_disk: CubePlace, layout: CubeLayou
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_comes_back_from_the_root(layout: CubeLayout) -> None:
-    assert layout_of(root_attributes(layout), layout.grid) == layout
+    attributes = root_attributes(layout) | Progress(layout.period).attributes()
+    assert layout_of(attributes, layout.grid) == layout
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,21 @@
 """Checking a cube against its receipts."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from h2mv_dist.errors import StoreError
-from h2mv_dist.io.cube import CubeLayout
+from h2mv_dist.io.cube import Progress
 from h2mv_dist.io.cube_check import verify_cube
-from h2mv_dist.io.ledger import FINISH_UNIT, Ledger, Receipt, ledger_url
-from h2mv_dist.io.sink import Sink, unit_checksum
+from h2mv_dist.io.cube_store import publish
+from h2mv_dist.io.ledger import Covered, Ledger, ledger_url
+from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.stores import delete_tree, get_object, join, list_objects, put_object
-from tests.io.cubes import Case, CubePlace, block, fill, map_layout
+from h2mv_dist.spec import Budget
+from tests.io.cubes import PERIOD, Case, CubePlace, block, fill_with_receipts, map_layout, receipt, truth
 
-
-def fill_with_receipts(place: CubePlace, layout: CubeLayout) -> None:
-    checksums = fill(place, layout)
-    units = {FINISH_UNIT: [checksums["constants"]] if layout.constants else []}
-    for tile in layout.tiles:
-        blocks = [f"{tile.name} {period}" for period in layout.period.blocks(layout.shard_days)]
-        units[tile.name] = [checksums[name] for name in (tile.name, *blocks)]
-    ledger = Ledger(place.url, place.options)
-    for name, parts in units.items():
-        ledger.record(Receipt(name, layout.fingerprint, unit_checksum(parts), 1.0))
+BUDGET = Budget("snow_water_equivalent", ("runoff",), (), ())
 
 
 def test_a_cube_that_was_not_touched_is_sound(case: Case) -> None:
@@ -27,7 +23,7 @@ def test_a_cube_that_was_not_touched_is_sound(case: Case) -> None:
     fill_with_receipts(place, layout)
     found = verify_cube(place.url, place.options)
     assert found.complete
-    assert found.sound == (*(tile.name for tile in layout.tiles), FINISH_UNIT)
+    assert found.sound == tuple(Covered(tile.name, layout.period, 0) for tile in layout.tiles)
 
 
 def test_a_cube_without_constants_is_sound(on_disk: CubePlace) -> None:
@@ -50,17 +46,58 @@ def test_each_kind_of_damage_is_found(on_disk: CubePlace) -> None:
     put_object(shard, bytes(data), on_disk.options)
     row, column = (start // 4 for start in lost.start)
     delete_tree(join(on_disk.url, "runoff", "c", "0", str(row), str(column)), on_disk.options)
-    delete_tree(join(ledger_url(on_disk.url), f"{unknown.name}.json"), on_disk.options)
-    Ledger(on_disk.url, on_disk.options).record(Receipt(foreign.name, "another", "checksum", 1.0))
+    delete_tree(join(ledger_url(on_disk.url), unknown.name), on_disk.options)
+    Ledger(on_disk.url, on_disk.options).record(foreign.name, PERIOD, receipt("another"))
     found = verify_cube(on_disk.url, on_disk.options)
     assert not found.complete
-    assert found.missing == (unknown.name,)
-    assert found.sound == (*(tile.name for tile in others), FINISH_UNIT)
-    assert list(found.damaged) == [changed.name, flipped.name, lost.name, foreign.name]
-    assert "what is stored gives" in found.damaged[changed.name]
-    assert "stored values are damaged" in found.damaged[flipped.name]
-    assert "what is stored gives" in found.damaged[lost.name]
-    assert "another cube" in found.damaged[foreign.name]
+    assert found.missing == (f"{unknown.name}/{PERIOD}",)
+    assert [one.tile for one in found.sound] == [tile.name for tile in others]
+    problems = {one.tile: text for one, text in found.damaged.items()}
+    assert set(problems) == {changed.name, flipped.name, lost.name, foreign.name}
+    assert f"values of {period} are not those" in problems[changed.name]
+    assert "stored values are damaged" in problems[flipped.name]
+    assert f"values of {period} are not those" in problems[lost.name]
+    assert "another cube" in problems[foreign.name]
+
+
+def test_changed_constants_are_found(on_disk: CubePlace) -> None:
+    layout = map_layout()
+    fill_with_receipts(on_disk, layout)
+    values = truth(layout)["baseflow_recession"] + 1
+    Sink.open(on_disk.url, layout, on_disk.options).write_constants({"baseflow_recession": values})
+    found = verify_cube(on_disk.url, on_disk.options)
+    assert not found.damaged
+    assert "constants are not those" in found.constants
+    assert not found.complete
+
+
+def test_a_share_is_checked_at_random(on_disk: CubePlace) -> None:
+    layout = map_layout(shard=(4, 4), tile=(4, 4))
+    fill_with_receipts(on_disk, layout)
+    checked = {verify_cube(on_disk.url, on_disk.options, share=0.3, seed=seed).sound for seed in range(6)}
+    assert {len(sound) for sound in checked} == {round(0.3 * len(layout.tiles))}
+    assert len(checked) > 1
+
+
+def test_days_that_were_rolled_back_are_not_checked(on_disk: CubePlace) -> None:
+    layout = map_layout()
+    fill_with_receipts(on_disk, layout)
+    shorter = next(PERIOD.blocks(4))
+    publish(on_disk.url, layout, Progress(shorter, True, (shorter.stop,)), on_disk.options)
+    found = verify_cube(on_disk.url, on_disk.options)
+    assert not found.sound
+    assert found.missing == tuple(f"{tile.name}/{shorter}" for tile in layout.tiles)
+
+
+def test_the_budget_is_worked_out_from_what_is_stored(on_disk: CubePlace) -> None:
+    layout = map_layout(members=(5,))
+    fill_with_receipts(on_disk, layout)
+    values = {name: array[0][:, layout.grid.mask] for name, array in truth(layout).items() if array.ndim == 4}
+    change = np.diff(values["snow_water_equivalent"].astype(np.float64), axis=0)
+    expected = np.abs(change - values["runoff"][1:]).max()
+    assert verify_cube(on_disk.url, on_disk.options, budget=BUDGET).residual == pytest.approx(expected)
+    other = replace(BUDGET, losses=("fapar",))
+    assert np.isnan(verify_cube(on_disk.url, on_disk.options, budget=other).residual)
 
 
 def test_nothing_is_written_and_no_cube_is_no_cube(on_disk: CubePlace) -> None:

@@ -16,12 +16,13 @@ from zarr.storage import WrapperStore
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError
 from h2mv_dist.grid import Grid, Period
-from h2mv_dist.io.cube import FINGERPRINT
-from h2mv_dist.io.cube_store import create_cube, read_layout
-from h2mv_dist.io.ledger import Ledger, Receipt
+from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress
+from h2mv_dist.io.cube_store import create_cube, publish, read_cube
+from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.stores import delete_tree, join, open_store, put_object
-from tests.io.cubes import DAILY, PERIOD, Case, CubePlace, fill, map_grid, map_layout
+from h2mv_dist.spec import Float32Array
+from tests.io.cubes import DAILY, PERIOD, Case, CubePlace, fill, map_grid, map_layout, receipt, truth
 
 
 def test_resuming_writes_nothing(case: Case) -> None:
@@ -44,10 +45,10 @@ def moved_grid() -> Grid:
         ({"attributes": {FINGERPRINT: "xyz", "h2mv_dist_model": "h2mv"}}, FINGERPRINT),
         ({"attributes": {FINGERPRINT: "abc", "h2mv_dist_model": "h2cm"}}, "h2mv_dist_model"),
         ({"attributes": {FINGERPRINT: "abc"}}, "h2mv_dist_model"),
-        ({"period": Period(PERIOD.start, date(2000, 3, 9))}, "layout.period"),
+        ({"period": Period(date(2000, 2, 26), PERIOD.stop)}, "layout.start"),
         ({"grid": moved_grid()}, "layout.lon_sha256"),
         ({"members": (0, 3, 8)}, "layout.members"),
-        ({"member_axis": True}, "layout.member_axis"),
+        ({"members_as": "all"}, "layout.members_as"),
         ({"daily": DAILY[:2]}, "layout.daily"),
         ({"chunk_days": 4}, "layout.chunk_days"),
     ],
@@ -67,12 +68,12 @@ def test_overwrite_replaces_a_cube_and_its_receipts(new_cube_place: Callable[[],
     place, fresh = new_cube_place(), new_cube_place()
     fill(place, map_layout())
     ledger = Ledger(place.url, place.options)
-    ledger.record(Receipt("tile", "abc", "checksum", 1.0))
+    ledger.record("0-4_0-8", PERIOD, receipt())
     other = map_layout(period=Period(PERIOD.start, date(2000, 3, 3)), daily=("fapar",))
     create_cube(place.url, other, place.options, overwrite=True)
     create_cube(fresh.url, other, fresh.options, overwrite=False)
     assert place.hashes() == fresh.hashes()
-    assert not ledger.receipts()
+    assert not ledger.covered()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -97,13 +98,13 @@ def test_what_is_not_a_cube_is_never_touched(
 def test_receipts_of_a_lost_cube_do_not_count_for_a_new_one(cube_place: CubePlace) -> None:
     fill(cube_place, map_layout())
     ledger = Ledger(cube_place.url, cube_place.options)
-    ledger.record(Receipt("tile", "abc", "checksum", 1.0))
+    ledger.record("0-4_0-8", PERIOD, receipt())
     delete_tree(cube_place.url, cube_place.options)
     with pytest.raises(StoreError, match="receipts but no cube"):
         create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=False)
-    assert set(ledger.receipts()) == {"tile"}
+    assert set(ledger.covered()) == {"0-4_0-8"}
     create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=True)
-    assert not ledger.receipts()
+    assert not ledger.covered()
 
 
 class KilledError(Exception):
@@ -137,7 +138,8 @@ def test_the_same_inputs_may_lie_elsewhere_when_a_run_is_resumed(on_disk: CubePl
 def test_a_layout_is_read_back(case: Case) -> None:
     place, layout = case.new_place(), case.layout
     create_cube(place.url, layout, place.options, overwrite=False)
-    found = read_layout(place.url, place.options)
+    found, progress = read_cube(place.url, place.options)
+    assert progress == Progress(layout.period)
     np.testing.assert_array_equal(found.grid.mask, layout.grid.mask)
     assert replace(found, grid=layout.grid) == layout
 
@@ -147,7 +149,7 @@ def test_changed_coordinates_are_seen(on_disk: CubePlace) -> None:
     array = zarr.open_array(on_disk.url, path="land_mask", mode="r+")
     array[6, 10] = 1 - int(np.asarray(array[6, 10]))
     with pytest.raises(StoreError, match=r"coordinates of a cube were changed(.|\n)*mask_sha256"):
-        read_layout(on_disk.url, on_disk.options)
+        read_cube(on_disk.url, on_disk.options)
 
 
 @pytest.mark.parametrize("n_writes", [1, 2, 3, 20])
@@ -193,7 +195,7 @@ def test_an_interrupted_replacement_is_completed(
             create_cube(on_disk.url, other, on_disk.options, overwrite=True)
     with pytest.raises(StoreError, match=r"layout\.daily"):
         create_cube(on_disk.url, other, on_disk.options, overwrite=False)
-    if n_deletions > 0:
+    if n_deletions > 1:
         with pytest.raises(StoreError, match="no complete cube"):
             Sink.open(on_disk.url, map_layout(), on_disk.options)
     create_cube(on_disk.url, other, on_disk.options, overwrite=True)
@@ -205,3 +207,71 @@ def test_an_interrupted_replacement_is_completed(
 def test_nothing_can_be_written_where_no_cube_is(cube_place: CubePlace) -> None:
     with pytest.raises(StoreError, match="no complete cube"):
         Sink.open(cube_place.url, map_layout(), cube_place.options)
+
+
+def test_a_longer_cube_is_seen_with_the_root_and_not_before(case: Case) -> None:
+    place, layout = case.new_place(), case.layout
+    fill(place, layout)
+    before = place.hashes()
+    longer = replace(layout, period=Period(PERIOD.start, date(2000, 3, 14)))
+    with place.open() as early:
+        publish(place.url, longer, Progress(longer.period, True), place.options)
+        assert early.sizes["time"] == 10
+        np.testing.assert_array_equal(
+            early["snow_water_equivalent"].values, truth_of(layout, "snow_water_equivalent")
+        )
+    with place.open() as late:
+        assert late.sizes["time"] == 16
+        assert str(late["time"].values[-1])[:10] == "2000-03-13" == late.attrs["time_coverage_end"]
+        assert late["time_bnds"].shape == (16, 2)
+    after = place.hashes()
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {name.rpartition("/")[2] for name in changed} == {"zarr.json"}, "no data were written again"
+
+
+def truth_of(layout: CubeLayout, name: str) -> Float32Array:
+    values = truth(layout)[name]
+    if layout.member_axis:
+        return values
+    return np.asarray(values.mean(axis=0, dtype=np.float64), np.float32)
+
+
+def test_a_rollback_hides_days_at_once(on_disk: CubePlace) -> None:
+    layout = map_layout()
+    fill(on_disk, layout)
+    shorter = Period(PERIOD.start, date(2000, 3, 2))
+    progress = Progress(shorter, True, (shorter.stop,), "c")
+    publish(on_disk.url, layout, progress, on_disk.options)
+    found, known = read_cube(on_disk.url, on_disk.options)
+    assert known == progress
+    assert replace(found, grid=layout.grid) == replace(layout, period=shorter)
+    with on_disk.open() as cube:
+        assert cube.sizes["time"] == 4
+        np.testing.assert_array_equal(cube["runoff"].values, truth_of(layout, "runoff")[:4])
+
+
+@pytest.mark.parametrize("n_puts", [0, 1, 5])
+def test_a_crash_while_days_are_shown_leaves_the_old_ones(
+    on_disk: CubePlace, n_puts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = n_puts
+
+    def dying(url: str, data: bytes, options: StorageOptions) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        put_object(url, data, options)
+
+    layout = map_layout()
+    fill(on_disk, layout)
+    longer = replace(layout, period=Period(PERIOD.start, date(2000, 3, 14)))
+    with monkeypatch.context() as patch:
+        patch.setattr("h2mv_dist.io.cube_store.put_object", dying)
+        with pytest.raises(KilledError):
+            publish(on_disk.url, longer, Progress(longer.period, True), on_disk.options)
+    with on_disk.open() as cube:
+        np.testing.assert_array_equal(cube["runoff"].values, truth_of(layout, "runoff"))
+    publish(on_disk.url, longer, Progress(longer.period, True), on_disk.options)
+    with on_disk.open() as cube:
+        assert cube.sizes["time"] == 16

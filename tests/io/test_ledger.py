@@ -1,13 +1,23 @@
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError
-from h2mv_dist.io.ledger import Ledger, Receipt, ledger_url
+from h2mv_dist.grid import Period, as_date
+from h2mv_dist.io.ledger import Covered, Ledger, Receipt, gaps, ledger_url
 from h2mv_dist.io.stores import join, list_objects, put_object
+from tests.io.cubes import receipt
+
+YEAR = Period(date(2001, 1, 1), date(2002, 1, 1))
+NEXT = Period(date(2002, 1, 1), date(2003, 1, 1))
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
@@ -20,110 +30,102 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
     return Ledger(join(root, uuid.uuid4().hex, "cube.zarr"), StorageOptions())
 
 
-def receipt(unit: str, fingerprint: str = "abc") -> Receipt:
-    return Receipt(unit, fingerprint, f"checksum of {unit}", 1.25)
-
-
 def put(ledger: Ledger, name: str, data: bytes) -> None:
     put_object(join(ledger_url(ledger.url), name), data, ledger.options)
 
 
+def read(ledger: Ledger, tile: str) -> list[Receipt]:
+    return list(ledger.receipts(ledger.covered()[tile]))
+
+
 def test_nothing_is_done_where_nothing_was_recorded(ledger: Ledger) -> None:
-    assert ledger.receipts() == {}
-    assert ledger.missing(("b", "a"), "abc") == ("b", "a")
+    assert ledger.covered() == {}
+    assert ledger.covered("0-10_0-10") == {}
 
 
 def test_receipts_come_back_as_recorded(ledger: Ledger) -> None:
-    units = [f"{i}-{i + 10}_0-10" for i in range(20)]
+    tiles = [f"{i}-{i + 10}_0-10" for i in range(20)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda unit: ledger.record(receipt(unit)), units))
-    assert ledger.receipts() == {unit: receipt(unit) for unit in units}
-    assert len(list_objects(ledger_url(ledger.url), ledger.options)) == len(units)
+        list(pool.map(lambda tile: ledger.record(tile, YEAR, receipt(static=tile)), tiles))
+    assert ledger.covered() == {tile: (Covered(tile, YEAR, 0),) for tile in tiles}
+    assert read(ledger, tiles[3]) == [receipt(static=tiles[3])]
+    assert len(list_objects(ledger_url(ledger.url), ledger.options)) == len(tiles)
 
 
-def test_missing_units_keep_their_order(ledger: Ledger) -> None:
-    for unit in ("b", "d"):
-        ledger.record(receipt(unit))
-    assert ledger.missing(("e", "d", "a", "b", "c"), "abc") == ("e", "a", "c")
+def test_one_tile_is_listed_alone_and_by_day(ledger: Ledger) -> None:
+    for tile, period in (("0-1_0-1", NEXT), ("0-1_0-1", YEAR), ("0-1_0-10", YEAR)):
+        ledger.record(tile, period, receipt())
+    expected = (Covered("0-1_0-1", YEAR, 0), Covered("0-1_0-1", NEXT, 0))
+    assert ledger.covered("0-1_0-1") == {"0-1_0-1": expected}
 
 
-def test_a_unit_done_twice_has_one_receipt(ledger: Ledger) -> None:
-    ledger.record(receipt("a"))
-    again = Receipt("a", "abc", "other checksum", 2.0)
-    ledger.record(again)
-    assert ledger.receipts() == {"a": again}
+def test_what_is_done_twice_has_one_receipt(ledger: Ledger) -> None:
+    ledger.record("0-1", YEAR, receipt())
+    ledger.record("0-1", YEAR, receipt(static="other"))
+    assert read(ledger, "0-1") == [receipt(static="other")]
+
+
+def test_forgotten_receipts_are_gone(ledger: Ledger) -> None:
+    for period in (YEAR, NEXT):
+        ledger.record("0-1", period, receipt())
+    ledger.forget([Covered("0-1", YEAR, 0)])
+    assert ledger.covered() == {"0-1": (Covered("0-1", NEXT, 0),)}
 
 
 def test_receipts_lie_beside_the_cube(ledger: Ledger) -> None:
-    ledger.record(receipt("a"))
+    ledger.record("0-1", YEAR, receipt())
     assert list_objects(ledger.url, ledger.options) == ()
-    assert Ledger(ledger.url + "/", ledger.options).receipts() == {"a": receipt("a")}
+    assert set(Ledger(ledger.url + "/", ledger.options).covered()) == {"0-1"}
 
 
-def test_a_foreign_fingerprint_is_refused(ledger: Ledger) -> None:
-    ledger.record(receipt("a"))
-    ledger.record(receipt("b", fingerprint="xyz"))
-    with pytest.raises(StoreError, match=r"b\.json[^$]*abc[^$]*xyz[^$]*inference\.overwrite"):
-        ledger.missing(("a", "b", "c"), "abc")
+def test_a_rollback_undoes_what_reaches_beyond_it(ledger: Ledger) -> None:
+    for period in (YEAR, NEXT):
+        ledger.record("0-1", period, receipt())
+    again = replace(ledger, rollbacks=(YEAR.stop,))
+    assert again.covered() == {"0-1": (Covered("0-1", YEAR, 0),)}
+    again.record("0-1", NEXT, receipt(static="new"))
+    assert again.covered() == {"0-1": (Covered("0-1", YEAR, 0), Covered("0-1", NEXT, 1))}
+    assert [found.static for found in again.receipts(again.covered()["0-1"])] == ["s", "new"]
+    twice = replace(ledger, rollbacks=(YEAR.stop, date(2001, 6, 1)))
+    assert twice.covered() == {}
 
 
-def test_a_foreign_receipt_of_an_unknown_unit_is_refused_too(ledger: Ledger) -> None:
-    ledger.record(receipt("elsewhere", fingerprint="xyz"))
-    with pytest.raises(StoreError, match=r"elsewhere\.json"):
-        ledger.missing(("a",), "abc")
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10)), max_size=6),
+    st.integers(0, 20),
+    st.integers(1, 25),
+)
+def test_gaps_and_receipts_hold_every_wanted_day(parts: list[tuple[int, int]], first: int, n: int) -> None:
+    def period(start: int, length: int) -> Period:
+        return Period(as_date(start), as_date(start + length))
+
+    covered = [Covered("t", period(*part), 0) for part in parts]
+    wanted = period(first, n)
+    found = gaps(covered, wanted)
+    days = {day for one in covered for day in one.period.days().tolist()}
+    missing = [day for gap in found for day in gap.days().tolist()]
+    assert missing == sorted(set(wanted.days().tolist()) - days)
+    assert all(a.stop < b.start for a, b in pairwise(found)), "stretches are whole"
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("a.json", b""),
-        ("a.json", b"[]"),
-        ("a.json", b'"abc"'),
-        ("a.json", b"\xff\xfe"),
-        ("a.json", b"{}"),
-        ("a.json", b'{"checksum":"c","fingerprint":"abc","seconds":1,"unit":"a","more":1}'),
-        ("a.json", b'{"checksum":"","fingerprint":"abc","seconds":1,"unit":"a"}'),
-        ("a.json", b'{"checksum":"c","fingerprint":"abc","seconds":"1","unit":"a"}'),
-        ("a.json", b'{"checksum":"c","fingerprint":"abc","seconds":NaN,"unit":"a"}'),
-        ("a.json", receipt("b").to_json()),
-        ("a.txt", receipt("a").to_json()),
-        ("sub/a.json", receipt("a").to_json()),
-    ],
+    "name", ["0-1.json", "notes.txt", "0-1/2001.v0.json", "0-1/2001-01-01..2001-01-01.v0.json", "a/b.json"]
 )
-def test_what_is_not_a_receipt_is_named(ledger: Ledger, name: str, data: bytes) -> None:
-    ledger.record(receipt("good"))
-    put(ledger, name, data)
-    with pytest.raises(StoreError, match=rf"cannot be used[^$]*{name}"):
-        ledger.missing(("a", "good"), "abc")
+def test_what_is_not_a_receipt_is_named(ledger: Ledger, name: str) -> None:
+    put(ledger, name, receipt().to_json())
+    with pytest.raises(StoreError, match=rf"cannot be used[^$]*{name}[^$]*delete this object"):
+        ledger.covered()
 
 
-def test_no_beginning_of_a_receipt_passes_for_one() -> None:
-    data = receipt("a").to_json()
-    assert Receipt.from_json(data) == receipt("a")
-    for length in range(len(data)):
-        with pytest.raises(StoreError, match="not a complete receipt"):
-            Receipt.from_json(data[:length])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", receipt().to_json()[:-2], b'{"static": 1}'])
+def test_a_damaged_receipt_is_named(ledger: Ledger, data: bytes) -> None:
+    covered = Covered("0-1", YEAR, 0)
+    put(ledger, covered.key, data)
+    with pytest.raises(StoreError, match=r"0-1/2001-01-01\.\.2002[^$]*not a complete receipt"):
+        list(ledger.receipts([covered]))
 
 
-@pytest.mark.parametrize("unit", ["", "a/b", "../a", "a b", "é"])
-def test_a_unit_must_be_a_plain_name(unit: str) -> None:
-    with pytest.raises(StoreError, match="plain unit name"):
-        receipt(unit)
-
-
-@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
-def test_seconds_must_be_a_duration(seconds: float) -> None:
-    with pytest.raises(StoreError, match="seconds"):
-        Receipt("a", "abc", "checksum", seconds)
-
-
-@pytest.mark.parametrize(
-    ("cube", "beside"),
-    [
-        ("s3://bucket/run/cube.zarr", "s3://bucket/run/cube.ledger"),
-        ("memory://cube", "memory://cube.ledger"),
-        ("/data/cube.zarr//", "/data/cube.ledger"),
-    ],
-)
-def test_the_place_of_a_ledger(cube: str, beside: str) -> None:
-    assert ledger_url(cube) == beside
+def test_receipts_have_one_spelling() -> None:
+    data = receipt().to_json()
+    assert Receipt.from_json(data) == receipt()
+    assert Receipt.from_json(data).to_json() == data

@@ -10,6 +10,7 @@ from distributed import Client
 
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, validate
 from h2mv_dist.jobs.cluster import connect
+from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import make_world
 
 NO_OPTIONS = StorageOptions()
@@ -39,6 +40,15 @@ def client() -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def job(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two trained folds."""
+    folder = str(tmp_path_factory.mktemp("job"))
+    settings = small_settings(world_url, cache, training={"folds": [0, 1]})
+    submit_training(client, settings, folder, NO_OPTIONS).wait()
+    return folder
 
 
 def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> Settings:

@@ -4,15 +4,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from h2mv_dist.config import DataSettings, StorageOptions, validate
 from h2mv_dist.io.cube import FINGERPRINT, CubeLayout
 from h2mv_dist.io.cube_store import create_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.sink import Sink
+from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.source import open_source
-from h2mv_dist.jobs.inference import CubePlan
+from h2mv_dist.jobs.cube_plan import CubePlan
 from h2mv_dist.jobs.tiles import TileContext
+from h2mv_dist.model.ensemble import Ensemble
 from h2mv_dist.model.h2mv import SPEC
 from tests.conftest import Place
 from tests.io.builders import FIRST, Arrays, Stored, write
@@ -68,7 +71,7 @@ def plan(url: str, sizes: Sizes, **changes: Any) -> CubePlan:
         static=SPEC.static,
         constants=SPEC.constants,
         members=tuple(range(sizes.members)),
-        member_axis=sizes.member_axis,
+        members_as="all" if sizes.member_axis else "spread",
         chunk=sizes.tile,
         shard=sizes.tile,
         tile=sizes.tile,
@@ -76,15 +79,16 @@ def plan(url: str, sizes: Sizes, **changes: Any) -> CubePlan:
         shard_days=sizes.shard_days,
         attributes={FINGERPRINT: "test"},
     )
-    planned = CubePlan(settings, source, SPEC, (), layout, source.period, source.period, source.period)
+    planned = CubePlan(settings, source, SPEC, (), layout, source.period, source.period, None)
     return replace(planned, **changes)
 
 
 def context(planned: CubePlan, cube: str) -> TileContext:
     """An empty cube, and untrained models to fill it with."""
     create_cube(cube, planned.layout, NO_OPTIONS, overwrite=False)
-    models = tuple(
-        builders.model(seed, hidden=planned.settings.model.hidden) for seed in planned.layout.members
-    )
+    models = [builders.model(seed, hidden=planned.settings.model.hidden) for seed in planned.layout.members]
     sink = Sink.open(cube, planned.layout, NO_OPTIONS)
-    return TileContext(planned, models, sink, Ledger(cube, NO_OPTIONS))
+    snapshots = Snapshots(cube, NO_OPTIONS, planned.layout.fingerprint)
+    return TileContext(
+        planned, Ensemble(models, torch.device("cpu")), sink, Ledger(cube, NO_OPTIONS), snapshots
+    )

@@ -8,7 +8,7 @@ import torch
 from h2mv_dist.model.base import Batch, Result, Target, steps_between
 from h2mv_dist.model.h2mv import SPEC
 from h2mv_dist.model.registry import h2mv_loss
-from h2mv_dist.model.rollout import run_block, spin_up
+from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.variables import VARIABLES
 from tests.model import builders
 
@@ -47,10 +47,9 @@ def test_blocks_of_days_equal_one_run() -> None:
     state = spin_up(model, batch, 30)
     whole = model(batch, state)
     results: list[Result] = []
-    states = [state]
     for part in batch.forcing.split(33, dim=1):
-        block = replace(batch, forcing=part, targets={})
-        states = run_block([model], block, states, lambda _, result: results.append(result))
+        results.append(model(replace(batch, forcing=part, targets={}), state))
+        state = results[-1].state
     for name in SPEC.daily:
         joined = torch.cat([r.daily[name] for r in results], dim=1)
         torch.testing.assert_close(joined, whole.daily[name], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,409 @@
+"""The plan of a cube: what client and workers must agree on, found out by both from the same settings.
+
+Nothing is written here. Days, spin-up and baseline of a cube that exists are those it was created with.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dask.utils import format_bytes
+
+from h2mv_dist.config import Settings, StorageOptions, canonical_json, validate
+from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, describe
+from h2mv_dist.grid import Period, Tile, as_date
+from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress, projected_bytes
+from h2mv_dist.io.cube_store import differences, find_cube
+from h2mv_dist.io.source import Source, open_source
+from h2mv_dist.io.stores import displayed
+from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
+from h2mv_dist.model.h2mv import GATE_DAYS
+from h2mv_dist.model.registry import model_kind
+from h2mv_dist.spec import ModelSpec
+from h2mv_dist.variables import nearest, variable
+
+FLOAT_BYTES: Final = 4
+NUMBERS: Final = 1
+"""Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
+then not continued. Versions of packages are recorded, but do not matter."""
+_NO_SPINUP: Final = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class CubePlan:
+    """Everything that client and workers must agree on.
+
+    Attributes:
+        settings: of the job; model and data count, not the cluster.
+        source: opened forcing and static features.
+        spec: columns of the model.
+        checkpoints: one a member, in the order of ``layout.members``.
+        layout: of the cube, as long as it is to become.
+        baseline: days whose mean anomalies refer to.
+        spinup: days run first, or None for no spin-up.
+        progress: how far the cube is, or None if there is none yet.
+    """
+
+    settings: Settings
+    source: Source
+    spec: ModelSpec
+    checkpoints: tuple[Checkpoint, ...]
+    layout: CubeLayout
+    baseline: Period
+    spinup: Period | None
+    progress: Progress | None
+
+    @property
+    def done(self) -> bool:
+        """Whether readers are shown all of it."""
+        return (
+            self.progress is not None
+            and self.progress.complete
+            and self.progress.period == self.layout.period
+        )
+
+    def tile_bytes(self) -> int:
+        """Projected peak of the arrays a worker holds for its largest tile, bytes; one line a buffer.
+
+        Measured where what is freed goes back to the system, as nannies start their workers
+        (``MALLOC_TRIM_THRESHOLD_``); elsewhere glibc may hold about twice as much.
+        """
+        layout, mask = self.layout, self.layout.grid.mask
+        tile = max(layout.tiles, key=lambda tile: int(mask[tile.slices].sum()))
+        cells, box = int(mask[tile.slices].sum()), math.prod(tile.shape)
+        days, members = min(layout.shard_days, self.layout.period.n_days), len(layout.members)
+        forcing = TileForcing(self.source, tile, self.layout.period, layout.shard_days).n_bytes
+        # of one member: gates as a product and with what is constant, days one by one and joined
+        gates = 2 * GATE_DAYS * cells * 4 * self.settings.model.hidden
+        member = 2 * days * cells * len(self.spec.daily)
+        # of all members: what is computed, and the block before, which is being written
+        values = 2 * members * days * cells * len(layout.daily)
+        # of the variable that is being written: its deviations in float64, then its box with sea, and coded
+        spread = 0 if layout.member_axis else 2 * members * days * cells
+        coded = 3 * (members if layout.member_axis else 1) * days * box
+        # sums over the month, float64, and the means of one that ends
+        values += 3 * members * cells * len(layout.monthly)
+        return forcing + FLOAT_BYTES * (gates + member + values + max(spread, coded))
+
+    def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:
+        """Projected bytes, before compression, of these days of these tiles."""
+        cell_days = sum(math.prod(t.shape) * sum(p.n_days for p in parts) for t, parts in missing.items())
+        whole = self.layout.grid.mask.size * self.layout.period.n_days
+        return projected_bytes(self.layout) * cell_days // whole
+
+    def summary(self) -> str:
+        """How large the cube will be, in a sentence."""
+        layout = self.layout
+        n_arrays = sum(len(layout.arrays_of(n)) for n in (*layout.daily, *layout.static)) + len(
+            layout.constants
+        )
+        whole = self.missing_bytes({tile: [layout.period] for tile in layout.tiles})
+        return (
+            f"{n_arrays} arrays over {layout.period} from {len(layout.members)} folds in "
+            f"{len(layout.tiles)} tiles: {format_bytes(whole)} before compression, "
+            f"about {format_bytes(self.tile_bytes())} of a worker's memory"
+        )
+
+
+def plan_inference(
+    settings: Settings, training_folder: str, options: StorageOptions, *, cube: str = "", append: bool = False
+) -> CubePlan:
+    """Read what a cube needs and lay it out; nothing is written.
+
+    Args:
+        settings: data, model and inference settings.
+        training_folder: job folder with the trained folds.
+        options: storage options.
+        cube: URL of the cube, which may exist; nowhere in particular if left out.
+        append: make it as long as the forcing is by now.
+
+    Raises:
+        H2mvError: anything that does not fit together.
+    """
+    known = find_cube(cube, options) if cube else None
+    return _plan(settings, training_folder, options, known, append=append, until=None)
+
+
+def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
+    """The plan on a worker, from what the client sent.
+
+    Raises:
+        JobError: the worker sees other data, checkpoints or code than the client did.
+    """
+    settings = validate(message["settings"], where="job")
+    options = StorageOptions(message["storage_options"])
+    known, until = find_cube(message["cube"], options), Period.parse(message["period"])
+    planned = _plan(settings, message["training_folder"], options, known, append=False, until=until)
+    theirs, ours = message["provenance"], planned.layout.attributes
+    changed = sorted(key for key in ours if theirs.get(key) != ours[key])
+    if changed:
+        raise JobError(
+            describe(
+                "a worker would make another cube than the one that was planned",
+                where=f"{message['cube']}: {', '.join(changed)}",
+                expected="; ".join(f"{key} = {theirs.get(key)}" for key in changed),
+                actual="; ".join(f"{key} = {ours[key]}" for key in changed),
+                fix="do not change data or checkpoints while a cube is made, and run the same software on "
+                "every worker; then start again",
+            )
+        )
+    return planned
+
+
+def _plan(
+    settings: Settings,
+    training_folder: str,
+    options: StorageOptions,
+    known: Mapping[str, str] | None,
+    *,
+    append: bool,
+    until: Period | None,
+) -> CubePlan:
+    spec = model_kind(settings.model.name).spec
+    checkpoints, checksums = _read_members(settings, training_folder, options)
+    source = open_source(settings.data, forcing=spec.forcing, targets=(), options=options)
+    _check_static(checkpoints, source, settings.data.url)
+
+    def planned(known: Mapping[str, str] | None) -> CubePlan:
+        progress = Progress.of(known) if known else None
+        period = until or _target(settings, source.period, progress, append)
+        baseline, spinup = _references(settings, source.period, period, known)
+        layout = _layout(settings, training_folder, source, spec, checksums, period, baseline, spinup)
+        return CubePlan(settings, source, spec, checkpoints, layout, baseline, spinup, progress)
+
+    if known and settings.inference.overwrite and differences(known, planned(known).layout):
+        return planned(None)
+    return planned(known)
+
+
+def _target(settings: Settings, available: Period, progress: Progress | None, append: bool) -> Period:
+    """The days the cube is to hold: those it was created for, or with ``append`` all whole shards there are.
+
+    Raises:
+        ConfigError: days are asked for that cannot be given.
+        NothingNewError: append, but the forcing has not grown enough.
+    """
+    wanted = _within(settings.inference.period, available, "inference.period")
+    if progress is None:
+        return wanted
+    _within(progress.period, available, "the cube's days")
+    if append:
+        return _appended(progress, wanted, settings.inference.shard_days)
+    if settings.inference.period is None:
+        return progress.period
+    if wanted.stop > progress.period.stop:
+        raise ConfigError(
+            f"inference.period goes on until {wanted.stop}, but the cube ends {progress.period.stop}; "
+            "extend it with h2mv-dist infer --append, or make another one"
+        )
+    return Period(wanted.start, progress.period.stop)
+
+
+def _appended(progress: Progress, wanted: Period, shard_days: int) -> Period:
+    start, length = progress.period.start, progress.period.n_days
+    if not progress.complete:
+        raise JobError("the cube is not finished yet; run h2mv-dist infer without --append first")
+    if length % shard_days:
+        raise JobError(
+            describe(
+                "the cube ends within a shard, which appending would write again under its readers",
+                where=f"inference.shard_days = {shard_days}",
+                expected="a cube of whole shards, such as one with inference.shard_days = 1",
+                actual=f"{length} days",
+                fix="--from DATE shortens the cube first, then appends; new cubes are best created with the "
+                "inference.period ending where a shard does",
+            )
+        )
+    whole = (wanted.stop - start).days // shard_days * shard_days
+    if whole <= length:
+        raise NothingNewError(
+            f"nothing to append: the cube is complete until {progress.period.stop} (that day excluded), the "
+            f"forcing ends {wanted.stop}, and days are appended {shard_days} at a time"
+        )
+    return Period(start, as_date(progress.period.first + whole))
+
+
+def _references(
+    settings: Settings, available: Period, period: Period, known: Mapping[str, str] | None
+) -> tuple[Period, Period | None]:
+    """Baseline and spin-up: as set, else as the cube has them, else the whole period."""
+    chosen, days = settings.inference.baseline, settings.inference.spinup_days
+    if chosen is None and known:
+        baseline = Period.parse(known["baseline_period"])
+    else:
+        baseline = _within(chosen, period, "inference.baseline")
+    if days is None and known:
+        recorded = known["spinup_period"]
+        return baseline, None if recorded == _NO_SPINUP else Period.parse(recorded)
+    if days == 0:
+        return baseline, None
+    spinup = period if days is None else Period(period.start, as_date(period.first + days))
+    return baseline, _within(spinup, available, "inference.spinup_days")
+
+
+def tiles_sharing_no_chunk(planned: CubePlan) -> bool:
+    """Whether every chunk of the forcing is needed by one tile only."""
+    chunk, shape, tile = planned.source.chunk_shape, planned.source.grid.shape, planned.layout.tile
+    return not any(t % c and t < n for t, c, n in zip(tile, chunk, shape, strict=True))
+
+
+def _read_members(
+    settings: Settings, folder: str, options: StorageOptions
+) -> tuple[tuple[Checkpoint, ...], dict[int, str]]:
+    job = JobFolder(folder, options)
+    trained = job.trained_folds()
+    wanted = settings.inference.folds if settings.inference.folds is not None else _finished(job, trained)
+    missing = sorted(set(wanted) - set(trained))
+    if missing or not wanted:
+        raise CheckpointError(
+            describe(
+                "no trained model to run",
+                where=folder,
+                expected=f"best checkpoints of folds {list(wanted) or 'trained by h2mv-dist train'}",
+                actual=f"trained folds: {list(trained) or 'none'}",
+                fix="train them first, or choose others with inference.folds",
+            )
+        )
+    checkpoints = tuple(job.fold(fold).read_checkpoint("best") for fold in wanted)
+    for checkpoint in checkpoints:
+        _check_model(checkpoint, settings, folder)
+    return checkpoints, {c.fold: checksum(c.to_bytes()) for c in checkpoints}
+
+
+def _finished(job: JobFolder, trained: Sequence[int]) -> tuple[int, ...]:
+    """The trained folds, if all are finished: a cube of half-trained models is hardly ever what is meant."""
+    unfinished = [fold for fold in job.begun_folds() if job.fold(fold).done() is None]
+    if unfinished:
+        raise CheckpointError(
+            describe(
+                "some folds are not finished",
+                where=job.url,
+                expected="only folds that were trained to their end",
+                actual=f"not finished: {unfinished}, of them with a best checkpoint: "
+                f"{sorted(set(unfinished) & set(trained)) or 'none'}",
+                fix=f"finish them with h2mv-dist train --resume {job.url}, or name the folds you want with "
+                "inference.folds, which takes the best checkpoint that each has so far",
+            )
+        )
+    return tuple(trained)
+
+
+def _check_model(checkpoint: Checkpoint, settings: Settings, folder: str) -> None:
+    if checkpoint.model != settings.model:
+        raise CheckpointError(
+            describe(
+                "the checkpoint is of another model",
+                where=f"{folder}, fold {checkpoint.fold}",
+                expected=str(settings.model),
+                actual=str(checkpoint.model),
+                fix="use the settings the folds were trained with",
+            )
+        )
+
+
+def _check_static(checkpoints: tuple[Checkpoint, ...], source: Source, where: str) -> None:
+    for checkpoint in checkpoints:
+        if checkpoint.static_names != source.static:
+            raise CheckpointError(
+                describe(
+                    "the data set has other static features than the model was trained on",
+                    where=where,
+                    expected=", ".join(checkpoint.static_names),
+                    actual=", ".join(source.static),
+                    fix="list the same features in the same order in data.static",
+                )
+            )
+
+
+def _within(wanted: Period | None, available: Period, setting: str) -> Period:
+    if wanted is None:
+        return available
+    if not available.contains(wanted):
+        raise ConfigError(
+            describe(
+                f"{setting}: days are wanted that are not there",
+                where=setting,
+                expected=f"within {available}",
+                actual=str(wanted),
+                fix="shorten it, or give longer forcing",
+            )
+        )
+    return wanted
+
+
+def _layout(
+    settings: Settings,
+    training_folder: str,
+    source: Source,
+    spec: ModelSpec,
+    checksums: Mapping[int, str],
+    period: Period,
+    baseline: Period,
+    spinup: Period | None,
+) -> CubeLayout:
+    chosen = settings.inference
+    names = _chosen_outputs(chosen.outputs, spec)
+    provenance = {
+        "model": canonical_json(settings.model.model_dump(mode="json")),
+        "checkpoints": canonical_json({str(fold): value for fold, value in checksums.items()}),
+        "input_fingerprint": source.identity(),
+        "baseline_period": str(baseline),
+        "spinup_period": str(spinup or _NO_SPINUP),
+        "threads": str(chosen.threads),
+        "numbers": str(NUMBERS),
+    }
+    return CubeLayout(
+        grid=source.grid,
+        period=period,
+        daily=tuple(n for n in names if n in spec.daily or n in spec.anomalies),
+        static=tuple(n for n in names if n in spec.static),
+        constants=tuple(n for n in names if n in spec.constants),
+        members=tuple(checksums),
+        members_as=chosen.members,
+        rounded=_rounded(chosen.rounding, names, spec),
+        monthly=tuple(n for n in names if n in spec.daily or n in spec.anomalies) if chosen.monthly else (),
+        chunk=chosen.chunk,
+        shard=chosen.shard,
+        tile=chosen.tile,
+        chunk_days=chosen.chunk_days,
+        shard_days=chosen.shard_days,
+        attributes={
+            **provenance,
+            "data_url": ", ".join(sorted({_public(handle.url) for handle in source.arrays.forcing})),
+            "training_job": _public(training_folder),
+            "versions": canonical_json(code_versions()),
+            "settings": canonical_json(_recorded(settings)),
+            FINGERPRINT: checksum(canonical_json(provenance).encode()),
+        },
+    )
+
+
+def _rounded(rounding: str, names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
+    """Daily outputs that are rounded; the water budget of stored values closes only where none is."""
+    daily = [name for name in names if name in spec.daily or name in spec.anomalies]
+    stores = [name for name in daily if variable(name).units == "mm"]
+    return tuple(n for n in daily if rounding == "all" or (rounding == "fluxes" and n not in stores))
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """The settings that matter for a cube's values."""
+    unimportant = {"overwrite", "attempts", "keep_states"}
+    whole = settings.model_dump(mode="json", include={"data": True, "model": True, "inference": True})
+    return {**whole, "inference": {k: v for k, v in whole["inference"].items() if k not in unimportant}}
+
+
+def _public(url: str) -> str:
+    """A URL without what may be a secret: user, password, and the signature of a signed one."""
+    return displayed(url).partition("?")[0] if "://" in url else url
+
+
+def _chosen_outputs(wanted: tuple[str, ...] | None, spec: ModelSpec) -> tuple[str, ...]:
+    for name in wanted or ():
+        if name not in spec.outputs:
+            raise ConfigError(
+                f"inference.outputs: {spec.name} has no {name!r}; {nearest(name, spec.outputs)}"
+            )
+    return spec.outputs if wanted is None else wanted

@@ -1,0 +1,272 @@
+"""The preparing job: forcing becomes daily, in our units and cut for tiles, once.
+
+A unit is a stretch of days over all space: it reads the input chunks of these days, one variable after the
+other, and writes whole shards. The last unit adds what does not change with time.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from dask.utils import format_bytes
+from distributed import Client
+
+from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
+from h2mv_dist.errors import ConfigError, JobError, describe
+from h2mv_dist.grid import Period
+from h2mv_dist.io.daily import DailyInput, Series, open_daily
+from h2mv_dist.io.handles import contents_of
+from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
+from h2mv_dist.io.stores import displayed
+from h2mv_dist.jobs.cluster import require_workers
+from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.spec import Float32Array
+
+_OFTEN: Final = 1.2
+"""Input chunks that are read more often than this, on average, are worth a warning."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparePlan:
+    """Everything that client and workers must agree on."""
+
+    settings: Settings
+    daily: DailyInput
+    layout: PreparedLayout
+
+    def unit_bytes(self) -> int:
+        """Projected peak of a unit, bytes: a variable over its days, and what is being read or written."""
+        block, shape = self.layout.blocks[0], self.layout.grid.shape
+        reading = max(series.read_bytes(block.n_days, shape) for series in self.daily.forcing)
+        return self.layout.block_bytes() + max(reading, self.layout.write_bytes())
+
+    def summary(self) -> str:
+        """What will be made, a line for each variable after the first."""
+        total = len(self.daily.forcing) * 4 * self.layout.period.n_days * self.layout.grid.mask.size
+        return "\n".join(
+            (
+                f"{len(self.daily.forcing)} variables over {self.layout.period} in {len(self.layout.blocks)} "
+                f"stretches of days: {format_bytes(total)} before compression, about "
+                f"{format_bytes(self.unit_bytes())} of a worker's memory",
+                *(f"  {series.name}: {_how(series)}" for series in self.daily.forcing),
+            )
+        )
+
+
+def plan_prepare(settings: Settings, options: StorageOptions) -> PreparePlan:
+    """Find the forcing of the model and lay out its store; nothing is written.
+
+    Raises:
+        H2mvError: anything that does not fit together.
+    """
+    # not at the top: workers, which are told the names, do without torch and its memory
+    from h2mv_dist.model.registry import model_kind
+
+    return _plan(settings, model_kind(settings.model.name).spec.forcing, options)
+
+
+def _plan(settings: Settings, forcing: tuple[str, ...], options: StorageOptions) -> PreparePlan:
+    cut = settings.prepare
+    daily = open_daily(settings.data, forcing=forcing, stamps=cut.stamps, options=options)
+    identity = {
+        "input": contents_of([*(series.handle for series in daily.forcing), *daily.static]),
+        "forcing": {
+            s.name: [_how(s), s.handle.origin, *s.handle.conversion, *s.conversion] for s in daily.forcing
+        },
+        "static": [[handle.name, *handle.columns] for handle in daily.static],
+        "mask": hashlib.sha256(np.packbits(daily.grid.mask).tobytes()).hexdigest(),
+        "period": str(daily.period),
+        "shard": [cut.shard_days, *cut.shard],
+        "chunk": [cut.chunk_days, *cut.chunk],
+    }
+    layout = PreparedLayout(
+        grid=daily.grid,
+        period=daily.period,
+        forcing=forcing,
+        static=tuple(handle.name for handle in daily.static),
+        shard=(cut.shard_days, *cut.shard),
+        chunk=(cut.chunk_days, *cut.chunk),
+        identity=identity,
+    )
+    return PreparePlan(settings, daily, layout)
+
+
+def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOptions) -> JobHandle | None:
+    """Fill the store at ``to``; stretches of days that have a receipt are not done again.
+
+    Returns:
+        A handle, or None if there is nothing to do.
+
+    Raises:
+        H2mvError: something else is there, workers are too small, or the job runs already.
+    """
+    from h2mv_dist.jobs.training import job_id
+
+    settings, store = plan.settings, PreparedStore(to, plan.layout, options)
+    _refuse_input(plan, to)
+    require_workers(client, 1, "prepare")
+    _require_memory(client, plan)
+    _log.info("%s: %s", displayed(to), plan.summary())
+    _tell_what_is_left_out(plan)
+    _warn_of_split_chunks(plan)
+    store.create(overwrite=settings.prepare.overwrite)
+    done = store.done()
+    names = [str(block) for block in plan.layout.blocks if str(block) not in done]
+    if not names and FINISH in done:
+        return None
+    common = {
+        "settings": to_json(settings),
+        "forcing": plan.layout.forcing,
+        "to": to,
+        "fingerprint": plan.layout.fingerprint,
+        "storage_options": options.reveal(),
+    }
+    attempts = settings.prepare.attempts
+    units = tuple(Unit(name, "prepare", {}, attempts=attempts) for name in names)
+    final = Unit(FINISH, "prepare", {}, attempts=attempts)
+    return submit(client, Job(id=job_id("prepare", to), common=common, units=units, final=final))
+
+
+def run_prepare_unit(message: Message) -> None:
+    """Prepare a stretch of days, or what does not change with time; the receipt is put last."""
+    plan, store = _context(message)
+    started, unit = time.monotonic(), message["unit"]
+    if unit == FINISH:
+        _require_receipts(plan, store)
+        checksum = store.finish(plan.daily.static)
+    else:
+        checksum = prepare_days(plan, store, Period.parse(unit))
+    seconds = round(time.monotonic() - started, 3)
+    store.record(unit, checksum, seconds)
+    report(message, event="prepared", seconds=seconds)
+
+
+def prepare_days(plan: PreparePlan, store: PreparedStore, block: Period) -> str:
+    """Write every variable over one of the layout's blocks; returns a checksum of the values."""
+    first = block.first - plan.layout.period.first
+    days, digest = slice(first, first + block.n_days), hashlib.sha256()
+    for series in plan.daily.forcing:
+        # nothing here may keep the values: there is room for one variable
+        digest.update(store.write(series.name, block, _values(series, days, plan.layout)).encode())
+    return digest.hexdigest()
+
+
+def _values(series: Series, days: slice, layout: PreparedLayout) -> Float32Array:
+    """One variable over all space, [day, *space]; each chunk of the input within the days is read once."""
+    grid = layout.grid
+    values = np.empty((days.stop - days.start, *grid.shape), np.float32)
+    n_steps, *cells = series.read_shape(len(values), grid.shape)
+    for box in grid.tiles(tuple(cells)):
+        reached = 0
+        for part in series.days(days, box.slices, n_steps):
+            values[(slice(reached, reached + len(part)), *box.slices)] = part
+            reached += len(part)
+    return values
+
+
+_contexts: dict[str, tuple[PreparePlan, PreparedStore]] = {}
+"""The plan and store this worker is busy with; one at most."""
+
+
+def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
+    """Plan and store on a worker, from what the client sent.
+
+    Raises:
+        JobError: the worker sees other data than the client did.
+    """
+    key = canonical_json([message["to"], message["fingerprint"], message["settings"]])
+    if key not in _contexts:
+        options = StorageOptions(message["storage_options"])
+        settings = validate(message["settings"], where="job")
+        plan = _plan(settings, tuple(message["forcing"]), options)
+        if plan.layout.fingerprint != message["fingerprint"]:
+            raise JobError(
+                describe(
+                    "a worker sees other data than those that were planned with",
+                    where=displayed(message["to"]),
+                    expected=f"fingerprint {message['fingerprint']}",
+                    actual=plan.layout.fingerprint,
+                    fix="do not change the data meanwhile, use paths that all hosts share; then start again",
+                )
+            )
+        _contexts.clear()
+        _contexts[key] = plan, PreparedStore(message["to"], plan.layout, options)
+    return _contexts[key]
+
+
+def _require_receipts(plan: PreparePlan, store: PreparedStore) -> None:
+    done = store.done()
+    missing = [str(block) for block in plan.layout.blocks if str(block) not in done]
+    if missing:
+        raise JobError(
+            describe(
+                "stretches of days have no receipt",
+                where=displayed(store.url),
+                expected=f"receipts of all {len(plan.layout.blocks)} before the store is finished",
+                actual=f"none of {len(missing)}, such as {missing[0]}",
+                fix="do not delete receipts meanwhile; run h2mv-dist prepare again",
+            )
+        )
+
+
+def _refuse_input(plan: PreparePlan, to: str) -> None:
+    handles = (*(series.handle for series in plan.daily.forcing), *plan.daily.static)
+    if to.rstrip("/") in {handle.url.rstrip("/") for handle in handles}:
+        raise ConfigError(f"{displayed(to)} is the input itself; choose another place with --to")
+
+
+def _require_memory(client: Client, plan: PreparePlan) -> None:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    needed = plan.unit_bytes()
+    if limits and needed > min(limits):
+        days = plan.layout.blocks[0].n_days
+        fitting = max(days * min(limits) // needed, 1)
+        raise JobError(
+            describe(
+                "a shard's days over all space do not fit into a worker",
+                where="prepare.shard_days",
+                expected=f"at most {format_bytes(min(limits))}, the smallest worker's limit",
+                actual=f"about {format_bytes(needed)} for {days} days",
+                fix=f"set prepare.shard_days (a multiple of prepare.chunk_days) to about {fitting}, or start "
+                "larger workers",
+            )
+        )
+
+
+def _tell_what_is_left_out(plan: PreparePlan) -> None:
+    for series in plan.daily.forcing if plan.settings.data.period is None else ():
+        if any(series.left_out):
+            _log.warning(
+                "%s: days that are not whole everywhere are left out: %d steps before %s, %d from %s on",
+                *(series.name, series.left_out[0], plan.layout.period.start),
+                *(series.left_out[1], plan.layout.period.stop),
+            )
+
+
+def _warn_of_split_chunks(plan: PreparePlan) -> None:
+    lengths = [block.n_days for block in plan.layout.blocks]
+    for series in plan.daily.forcing:
+        reads = series.chunk_reads(lengths)
+        if reads > _OFTEN:
+            _log.warning(
+                "%s: chunks of the input, %.3g days each, are cut by stretches of %d days and read %.1f "
+                "times on average; with a prepare.shard_days that is a multiple of their days, once",
+                *(series.name, series.handle.chunks[0] / series.per_day, plan.layout.shard[0], reads),
+            )
+
+
+def _how(series: Series) -> str:
+    """How days are made of steps."""
+    if series.per_day == 1:
+        return f"daily, stamped by {series.stamp}"
+    kind = "sum" if series.amounts else "mean"
+    return f"{kind} of {series.per_day} steps a day, stamped by {series.stamp}"

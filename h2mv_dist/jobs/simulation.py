@@ -1,0 +1,232 @@
+"""Members over the cells of one tile: spin-up, baseline and outputs, block by block; nothing is written.
+
+A tile of a cube and :func:`h2mv_dist.run` use the same code. Outputs are [member, time, cell].
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from h2mv_dist.grid import FloatArray, Period, Tile, as_date
+from h2mv_dist.io.source import Source
+from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.model.base import Batch, Result, State
+from h2mv_dist.model.ensemble import Ensemble
+from h2mv_dist.spec import Float32Array, ModelSpec
+
+_REFERENCE: Final = "reference/"
+_STATE: Final = "state/"
+_SUM: Final = "sum/"
+
+
+class Carried(NamedTuple):
+    """What is remembered when a day begins.
+
+    Attributes:
+        day: that day.
+        state: of all members, stacked.
+        references: daily output -> what its anomalies refer to, [member, cell].
+        sums: daily output -> its sum over the month so far, [member, cell].
+    """
+
+    day: date
+    state: State
+    references: Mapping[str, torch.Tensor]
+    sums: Mapping[str, FloatArray]
+
+    def arrays(self, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """For a snapshot, each [member, cell, ...]."""
+        parts = {_STATE + name: part for name, part in zip(names, self.state, strict=True)}
+        parts |= {_REFERENCE + name: mean for name, mean in self.references.items()}
+        arrays: dict[str, NDArray[np.generic]] = {name: part.cpu().numpy() for name, part in parts.items()}
+        return arrays | {_SUM + name: total for name, total in self.sums.items()}
+
+    @staticmethod
+    def of(
+        day: date, arrays: Mapping[str, NDArray[Any]], names: Sequence[str], device: torch.device
+    ) -> "Carried":
+        """Inverse of :meth:`arrays`."""
+
+        def called(prefix: str) -> dict[str, NDArray[Any]]:
+            return {n.removeprefix(prefix): array for n, array in arrays.items() if n.startswith(prefix)}
+
+        states = {name: torch.from_numpy(array).to(device) for name, array in called(_STATE).items()}
+        means = {name: torch.from_numpy(array).to(device) for name, array in called(_REFERENCE).items()}
+        return Carried(day, tuple(states[name] for name in names), means, called(_SUM))
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Outputs of all members for one block.
+
+    Attributes:
+        daily: output -> [member, time, cell].
+        static: output -> [member, cell].
+        months: month that ends in the block -> output -> mean, [member, cell].
+        residual: largest gap of the model's budget, mm; None for a model without one.
+    """
+
+    daily: Mapping[str, Float32Array]
+    static: Mapping[str, Float32Array]
+    months: Mapping[Period, Mapping[str, Float32Array]]
+    residual: float | None
+
+    def n_missing(self) -> int:
+        """Daily values that are not finite."""
+        return sum(int((~np.isfinite(values)).sum()) for values in self.daily.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Days:
+    """Which days are simulated, and what they refer to.
+
+    Attributes:
+        period: days of the outputs.
+        block: days that are computed at once.
+        baseline: days whose mean anomalies refer to.
+        spinup: days run first, from the period's first one on; None for no spin-up.
+    """
+
+    period: Period
+    block: int
+    baseline: Period
+    spinup: Period | None
+
+
+class TileSimulation:
+    """All members over the same forcing, each with its own state."""
+
+    def __init__(
+        self,
+        source: Source,
+        spec: ModelSpec,
+        ensemble: Ensemble,
+        tile: Tile,
+        days: Days,
+        outputs: Sequence[str],
+        monthly: Sequence[str] = (),
+    ) -> None:
+        self.source, self.spec, self.ensemble, self.tile, self.days = source, spec, ensemble, tile, days
+        self.daily = [name for name in outputs if name in spec.daily or name in spec.anomalies]
+        self.monthly = monthly
+        self.once = [name for name in outputs if name in spec.static]
+        land = source.grid.mask[tile.slices]
+        self.static = torch.from_numpy(source.read_static(tile)[land])
+        self.forcing: TileForcing | None = None
+
+    def start(self) -> Carried:
+        """After the spin-up, from empty stores."""
+        state = self.ensemble.initial_state(self.static.shape[0])
+        for _, batch in self.blocks(self.days.spinup) if self.days.spinup is not None else ():
+            state = self.ensemble.run(batch, state, _nothing)
+        return Carried(self.days.period.start, state, self._baseline_means(state), {})
+
+    def advance(self, carried: Carried, day: date) -> Carried:
+        """Go on until ``day`` begins, without outputs."""
+        if carried.day == day:
+            return carried
+        for block, batch in self.blocks(Period(carried.day, day)):
+            carried, _ = self.step(block, batch, carried)
+        return carried
+
+    def _baseline_means(self, state: State) -> dict[str, torch.Tensor]:
+        """Mean of each store whose anomaly is asked for over the baseline, [member, cell].
+
+        Costs one more run up to the baseline's end, and no memory that grows with the period.
+        """
+        baseline = self.days.baseline
+        wanted = {n: s for n, s in self.spec.anomalies.items() if n in self.daily}
+        if not wanted:
+            return {}
+        shape, device = (len(self.ensemble.models), self.static.shape[0]), self.ensemble.device
+        sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in wanted}
+        for block, batch in self.blocks(Period(self.days.period.start, baseline.stop)):
+            inside = torch.from_numpy(np.isin(block.days(), baseline.days())).to(device)
+
+            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
+                for name, store in wanted.items():
+                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
+
+            state = self.ensemble.run(batch, state, add)
+        return {name: (s / baseline.n_days).float() for name, s in sums.items()}
+
+    def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
+        """Days of the source, block by block; a pass from where one began before may find them in memory."""
+        if self.forcing is None or not self.forcing.begins(period):
+            whole = Period(period.start, max(period.stop, self.days.period.stop))
+            self.forcing = TileForcing(self.source, self.tile, whole, self.days.block)
+        forcing = self.forcing.blocks(period.n_days)
+        for block in period.blocks(self.days.block):
+            yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
+
+    def step(self, block: Period, batch: Batch, carried: Carried) -> tuple[Carried, Values]:
+        """Run a block; what is remembered after it, and its outputs."""
+        members = len(self.ensemble.models)
+        daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in self.daily}
+        static = {n: np.empty((members, batch.n_cells), np.float32) for n in self.once}
+        residuals: list[float] = []
+
+        def keep(member: int, result: Result) -> None:
+            for name, values in daily.items():
+                found = result.daily[self.spec.anomalies.get(name, name)]
+                if name in carried.references:
+                    found = found - carried.references[name][member].unsqueeze(1)
+                values[member] = found.T.cpu().numpy()
+            for name, once in static.items():
+                once[member] = result.static[name].cpu().numpy()
+            if self.spec.budget is not None:
+                before = tuple(part[member] for part in carried.state)
+                residuals.append(_residual(self.spec, before, result))
+
+        state = self.ensemble.run(batch, carried.state, keep)
+        sums, months = self._months(block, daily, carried.sums)
+        values = Values(daily, static, months, max(residuals, default=None))
+        return carried._replace(day=block.stop, state=state, sums=sums), values
+
+    def _months(
+        self, block: Period, daily: Mapping[str, Float32Array], sums: Mapping[str, FloatArray]
+    ) -> tuple[dict[str, FloatArray], dict[Period, dict[str, Float32Array]]]:
+        """Sums over the month that goes on after a block, and means over the months that end in it."""
+        ended: dict[Period, dict[str, Float32Array]] = {}
+        going_on = dict(sums)
+        for month in _months_of(block):
+            part = month.common(block)
+            assert part is not None, "a month of the block"
+            days = slice(part.first - block.first, part.first - block.first + part.n_days)
+            for name in self.monthly:
+                total = daily[name][:, days].sum(axis=1, dtype=np.float64)
+                going_on[name] = total if part.start == month.start else going_on.get(name, 0.0) + total
+            if part.stop == month.stop and month.start >= self.days.period.start:
+                ended[month] = {n: np.asarray(going_on[n] / month.n_days, np.float32) for n in self.monthly}
+        return going_on, ended
+
+
+def _months_of(block: Period) -> tuple[Period, ...]:
+    """The calendar months that hold days of a block."""
+    after = (as_date(block.first + block.n_days - 1).replace(day=1) + timedelta(days=31)).replace(day=1)
+    return Period(block.start.replace(day=1), after).months()
+
+
+def constants_of(ensemble: Ensemble, source: Source, names: Sequence[str]) -> dict[str, Float32Array]:
+    """Outputs without axes, each [member]."""
+    no_cells = Batch(torch.zeros(0, 1, len(source.forcing)), torch.zeros(0, len(source.static)), {})
+    results: list[Result] = []
+    ensemble.run(no_cells, ensemble.initial_state(0), lambda _, result: results.append(result))
+    return {name: np.stack([r.constants[name].cpu().numpy() for r in results]) for name in names}
+
+
+def _residual(spec: ModelSpec, before: State, result: Result) -> float:
+    budget = spec.budget
+    assert budget is not None, "asked for by a model that has one"
+    daily = {name: result.daily[name].T.double().cpu().numpy() for name in budget.terms}
+    parts = [before[spec.state.index(name)].double().cpu().numpy() for name in budget.states]
+    return budget.residual(daily, np.sum(parts, axis=0))
+
+
+def _nothing(_member: int, _result: Result) -> None:
+    """Of a spin-up only the states are kept."""

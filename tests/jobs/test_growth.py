@@ -1,0 +1,400 @@
+"""Cubes that grow: appended days, days computed anew, damage repaired; on real worker processes."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from distributed import Client
+
+from h2mv_dist import cli
+from h2mv_dist.config import Settings
+from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError
+from h2mv_dist.grid import Period
+from h2mv_dist.io.cube_check import verify_cube
+from h2mv_dist.io.cube_store import publish, read_cube
+from h2mv_dist.io.ledger import Ledger
+from h2mv_dist.io.snapshots import Snapshots, snapshots_url
+from h2mv_dist.jobs.cube_plan import plan_inference
+from h2mv_dist.jobs.inference import forget_damage, roll_back, submit_inference
+from h2mv_dist.jobs.tiles import compute_tile, finish_cube, open_context, stretches
+from tests.jobs.conftest import NO_OPTIONS, small_settings
+
+FIRST = date(2001, 1, 1)
+DAILY = {
+    "tile": [9, 36],
+    "shard": [9, 36],
+    "chunk": [9, 18],
+    "shard_days": 1,
+    "chunk_days": 1,
+    "spinup_days": 5,
+    "outputs": [
+        "runoff",
+        "evapotranspiration",
+        "actual_precipitation",
+        "terrestrial_water_storage",
+        "terrestrial_water_storage_anomaly",
+        "soil_moisture_capacity",
+        "baseflow_recession",
+    ],
+}
+"""Two tiles, one-day shards."""
+
+
+def until(day: int, url: str, cache: Path, **inference: Any) -> Settings:
+    """Settings as if the forcing ended before this day of January."""
+    chosen = {**DAILY, **inference}
+    data = {"url": url, "period": f"{FIRST}..{FIRST.replace(day=day)}"}
+    return small_settings(url, cache, data=data, inference=chosen)
+
+
+def infer(client: Client, settings: Settings, job: str, cube: Path, *, append: bool = False) -> None:
+    handle = submit_inference(client, settings, job, str(cube), NO_OPTIONS, append=append)
+    assert handle is not None
+    handle.wait()
+
+
+def objects(folder: Path, *, metadata: bool = True) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and (metadata or p.name != "zarr.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def ten_days(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished cube of ten days, to be copied."""
+    folder = tmp_path_factory.mktemp("ten")
+    infer(client, until(11, world_url, cache), job, folder / "cube.zarr")
+    return folder
+
+
+@pytest.fixture
+def cube(ten_days: Path, tmp_path: Path) -> Path:
+    shutil.copytree(ten_days, tmp_path / "copy")
+    return tmp_path / "copy" / "cube.zarr"
+
+
+def test_days_at_once_equal_days_one_by_one(
+    client: Client, world_url: str, cache: Path, job: str, cube: Path, ten_days: Path, tmp_path: Path
+) -> None:
+    before = objects(cube, metadata=False)
+    infer(client, until(14, world_url, cache), job, cube, append=True)
+    kept = objects(cube, metadata=False)
+    assert {name: kept[name] for name in before} == before, "no append writes an object again"
+    one_by_one = tmp_path / "single" / "cube.zarr"
+    shutil.copytree(ten_days, one_by_one.parent)
+    for day in (12, 13, 14):
+        infer(client, until(day, world_url, cache), job, one_by_one, append=True)
+        with xr.open_zarr(one_by_one, chunks=None) as opened:
+            assert opened.attrs["time_coverage_end"] == f"2001-01-{day - 1}"
+            assert opened.sizes["time"] == day - 1
+    assert objects(one_by_one) == objects(cube)
+    frozen = {"spinup_days": 5, "baseline": f"{FIRST}..2001-01-11"}
+    infer(client, until(14, world_url, cache, **frozen), job, tmp_path / "whole.zarr")
+    assert objects(tmp_path / "whole.zarr", metadata=False) == objects(cube, metadata=False)
+    found = verify_cube(str(one_by_one), NO_OPTIONS)
+    assert found.complete
+    assert len(found.sound) == 2 * 4
+
+
+def test_nothing_new_is_said_and_nothing_touched(
+    client: Client, world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    before = objects(cube.parent)
+    with pytest.raises(NothingNewError, match=r"complete until 2001-01-11(.|\n)*forcing ends 2001-01-11"):
+        infer(client, until(11, world_url, cache), job, cube, append=True)
+    weekly = until(12, world_url, cache, shard_days=2)
+    with pytest.raises(StoreError, match=r"layout\.shard_days"):
+        infer(client, weekly, job, cube, append=False)
+    with pytest.raises(ConfigError, match=r"the cube's days(.|\n)*longer forcing"):
+        infer(client, until(8, world_url, cache), job, cube)
+    with pytest.raises(ConfigError, match="--append"):
+        infer(client, until(14, world_url, cache, period=f"{FIRST}..2001-01-13"), job, cube)
+    with pytest.raises(StoreError, match=r"layout\.start"):
+        infer(client, until(14, world_url, cache, period="2001-01-02..2001-01-10"), job, cube)
+    handle = submit_inference(client, until(14, world_url, cache), job, str(cube), NO_OPTIONS)
+    assert handle is None, "without --append a finished cube is finished, whatever the forcing"
+    assert objects(cube.parent) == before
+
+
+def test_whole_shards_only(client: Client, world_url: str, cache: Path, job: str, tmp_path: Path) -> None:
+    weekly = {"shard_days": 4, "chunk_days": 2}
+    infer(client, until(9, world_url, cache, **weekly), job, tmp_path / "cube.zarr")
+    with pytest.raises(NothingNewError, match="4 at a time"):
+        infer(client, until(12, world_url, cache, **weekly), job, tmp_path / "cube.zarr", append=True)
+    infer(client, until(15, world_url, cache, **weekly), job, tmp_path / "cube.zarr", append=True)
+    assert read_cube(str(tmp_path / "cube.zarr"), NO_OPTIONS).layout.period.n_days == 12
+    infer(client, until(11, world_url, cache, **weekly), job, tmp_path / "ragged.zarr")
+    with pytest.raises(JobError, match=r"ends within a shard(.|\n)*--from DATE"):
+        infer(client, until(15, world_url, cache, **weekly), job, tmp_path / "ragged.zarr", append=True)
+    roll_back(str(tmp_path / "ragged.zarr"), date(2001, 1, 11), NO_OPTIONS)
+    infer(client, until(15, world_url, cache, **weekly), job, tmp_path / "ragged.zarr", append=True)
+    assert verify_cube(str(tmp_path / "ragged.zarr"), NO_OPTIONS).complete
+    ours, theirs = (objects(tmp_path / name, metadata=False) for name in ("ragged.zarr", "cube.zarr"))
+    daily = [name for name in ours if name.startswith(("runoff/", "evapotranspiration/"))]
+    assert daily
+    assert [ours[name] for name in daily] == [theirs[name] for name in daily]
+
+
+@pytest.fixture
+def other_weather(world_url: str, tmp_path: Path) -> str:
+    """The same world with more rain from the 9th of January on."""
+    url = shutil.copytree(world_url, tmp_path / "world.zarr")
+    rain = zarr.open_array(str(url), path="prec/data", mode="r+")
+    days = slice(8, 20)
+    rain[days] = np.asarray(rain[days]) * 1.5
+    return str(url)
+
+
+def test_replaced_forcing_is_computed_anew_from_a_day_on(
+    client: Client, world_url: str, other_weather: str, cache: Path, job: str, cube: Path, tmp_path: Path
+) -> None:
+    infer(client, until(13, world_url, cache), job, cube, append=True)
+    frozen = {"baseline": f"{FIRST}..2001-01-11"}
+    with xr.open_zarr(cube, chunks=None) as opened:
+        preliminary = opened.load()
+    with pytest.raises(JobError, match=r"no tile can go on(.|\n)*2001-01-11, 2001-01-13(.|\n)*state_days"):
+        roll_back(str(cube), date(2001, 1, 10), NO_OPTIONS)
+    progress = roll_back(str(cube), date(2001, 1, 12), NO_OPTIONS)
+    assert progress.period.stop == date(2001, 1, 11)
+    with xr.open_zarr(cube, chunks=None) as opened:
+        assert opened.sizes["time"] == 10, "readers see the shorter cube at once"
+    infer(client, until(15, other_weather, cache), job, cube, append=True)
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+    with xr.open_zarr(cube, chunks=None) as opened:
+        final = opened.load()
+    xr.testing.assert_identical(final["runoff"][:10], preliminary["runoff"][:10])
+    assert float(abs(final["runoff"][10:12] - preliminary["runoff"][10:12]).max()) > 1e-3
+    ledger = Ledger(str(cube), NO_OPTIONS, progress.rollbacks)
+    assert {one.edition for parts in ledger.covered().values() for one in parts} == {0, 1}
+    assert frozen["baseline"] == final.attrs["baseline_period"]
+
+
+def test_states_on_the_way_can_be_gone_back_to(
+    client: Client, world_url: str, other_weather: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    cube = tmp_path / "cube.zarr"
+    often = {"state_days": 4, "keep_states": 1}
+    infer(client, until(14, world_url, cache, **often), job, cube)
+    snapshots = Snapshots(str(cube), NO_OPTIONS, "")
+    (tile, *_) = [p.name for p in Path(snapshots_url(str(cube))).iterdir()]
+    assert snapshots.days(tile) == tuple(date(2001, 1, d) for d in (5, 9, 13, 14))
+    assert roll_back(str(cube), date(2001, 1, 11), NO_OPTIONS).period.stop == date(2001, 1, 9)
+    infer(client, until(14, other_weather, cache, **often), job, cube, append=True)
+    infer(client, until(9, other_weather, cache, **often), job, tmp_path / "fresh.zarr")
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+    with (
+        xr.open_zarr(cube, chunks=None) as ours,
+        xr.open_zarr(tmp_path / "fresh.zarr", chunks=None) as theirs,
+    ):
+        xr.testing.assert_equal(ours["runoff"][:8].load(), theirs["runoff"].load())
+        assert ours.attrs["baseline_period"] == f"{FIRST}..2001-01-14"
+
+
+def test_an_interrupted_append_is_not_seen_and_goes_on(
+    world_url: str, cache: Path, job: str, cube: Path, tmp_path: Path
+) -> None:
+    """In this process: one of two tiles is done when it ends."""
+    settings = until(13, world_url, cache)
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
+    context = open_context(planned, str(cube), NO_OPTIONS)
+    first, second = planned.layout.tiles
+    compute_tile(context, first)
+    with pytest.raises(JobError, match="have no receipt"):
+        finish_cube(context)
+    with xr.open_zarr(cube, chunks=None) as opened:
+        assert opened.sizes["time"] == 10
+        assert np.isfinite(opened["runoff"].values[:, opened["land_mask"].values == 1]).all()
+    compute_tile(context, second)
+    finish_cube(context)
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+    with xr.open_zarr(cube, chunks=None) as opened:
+        assert opened.sizes["time"] == 12
+
+
+def test_a_lost_snapshot_costs_time_and_nothing_else(
+    world_url: str, cache: Path, job: str, cube: Path, tmp_path: Path
+) -> None:
+    results = []
+    for lost in (False, True):
+        copy = tmp_path / f"{lost}" / "cube.zarr"
+        shutil.copytree(cube.parent, copy.parent)
+        if lost:
+            shutil.rmtree(snapshots_url(str(copy)))
+        settings = until(12, world_url, cache, baseline=f"{FIRST}..2001-01-11")
+        planned = plan_inference(settings, job, NO_OPTIONS, cube=str(copy), append=True)
+        context = open_context(planned, str(copy), NO_OPTIONS)
+        for tile in planned.layout.tiles:
+            compute_tile(context, tile)
+        finish_cube(context)
+        results.append(objects(copy))
+    assert results[0] == results[1]
+
+
+def test_a_damaged_snapshot_or_one_of_another_model_is_refused(
+    world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    planned = plan_inference(until(12, world_url, cache), job, NO_OPTIONS, cube=str(cube), append=True)
+    context = open_context(planned, str(cube), NO_OPTIONS)
+    (tile, _) = planned.layout.tiles
+    other = replace(context, snapshots=replace(context.snapshots, fingerprint="another"))
+    with pytest.raises(StoreError, match="belongs to another model"):
+        compute_tile(other, tile)
+    (state,) = (Path(snapshots_url(str(cube))) / tile.name).iterdir()
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 1
+    state.write_bytes(bytes(data))
+    with pytest.raises(StoreError, match=r"damaged(.|\n)*delete this object"):
+        compute_tile(context, tile)
+
+
+def test_damage_is_found_and_repaired(
+    client: Client, world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    infer(client, until(13, world_url, cache), job, cube, append=True)
+    before = objects(cube)
+    damaged = next(p for p in (cube / "runoff" / "c" / "3").rglob("*") if p.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    next(p for p in (cube / "runoff" / "c" / "10").rglob("*") if p.is_file()).unlink()
+    values = zarr.open_array(str(cube), path="baseflow_recession", mode="r+")
+    values[...] = 0.5
+    found = verify_cube(str(cube), NO_OPTIONS)
+    assert len(found.damaged) == 2
+    assert found.constants
+    forget_damage(str(cube), found, NO_OPTIONS)
+    infer(client, until(13, world_url, cache), job, cube)
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+    assert objects(cube) == before
+
+
+def test_an_edited_cube_is_refused(world_url: str, cache: Path, job: str, cube: Path) -> None:
+    layout, progress = read_cube(str(cube), NO_OPTIONS)
+    edited = replace(layout, attributes={**layout.attributes, "checkpoints": '{"0":"other"}'})
+    publish(str(cube), edited, progress, NO_OPTIONS)
+    planned = plan_inference(until(12, world_url, cache), job, NO_OPTIONS, cube=str(cube), append=True)
+    with pytest.raises(StoreError, match="checkpoints"):
+        open_context(planned, str(cube), NO_OPTIONS)
+
+
+def test_monthly_means_are_those_of_whole_months(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    def ending(stop: str) -> Settings:
+        data = {"url": world_url, "period": f"2001-01-20..2001-{stop}"}
+        chosen = {**DAILY, "monthly": True, "baseline": "2001-01-20..2001-02-10"}
+        return small_settings(world_url, cache, data=data, inference=chosen)
+
+    cubes = {name: tmp_path / name / "cube.zarr" for name in ("at once", "one by one")}
+    for name, ends in (("at once", ["02-26", "04-02"]), ("one by one", ["02-26", "03-01", "03-02", "04-02"])):
+        for k, stop in enumerate(ends):
+            infer(client, ending(stop), job, cubes[name], append=k > 0)
+        assert verify_cube(str(cubes[name]), NO_OPTIONS).complete
+    assert objects(cubes["at once"]) == objects(cubes["one by one"])
+    with xr.open_zarr(cubes["at once"], chunks=None) as opened:
+        cube = opened.load()
+    assert [str(month)[:10] for month in cube["month"].values] == ["2001-02-01", "2001-03-01"]
+    whole = cube["runoff"].sel(time=slice("2001-02-01", "2001-03-31"))
+    expected = whole.resample(time="MS").mean(skipna=False).values
+    np.testing.assert_allclose(cube["runoff_monthly"].values, expected, rtol=1e-5, atol=1e-7)
+    assert cube["runoff_monthly"].attrs["cell_methods"] == "month: mean realization: mean"
+    assert "runoff_spread_monthly" in cube
+    next(p for p in (cubes["at once"] / "runoff_monthly" / "c" / "1").rglob("*") if p.is_file()).unlink()
+    (problem,) = verify_cube(str(cubes["at once"]), NO_OPTIONS).damaged.values()
+    assert problem == "means of 2001-03-01..2001-04-01 are not those that were written"
+
+
+@pytest.mark.parametrize(
+    ("gap", "every", "expected"),
+    [
+        ((0, 10), None, [(0, 10)]),
+        ((0, 11), None, [(0, 10), (10, 11)]),
+        ((0, 11), 4, [(0, 4), (4, 8), (8, 10), (10, 11)]),
+        ((6, 8), 4, [(6, 8)]),
+        ((6, 10), 4, [(6, 8), (8, 10)]),
+        ((10, 11), 4, [(10, 11)]),
+    ],
+)
+def test_stretches_end_where_states_are_kept(
+    world_url: str,
+    cache: Path,
+    job: str,
+    gap: tuple[int, int],
+    every: int | None,
+    expected: list[tuple[int, int]],
+) -> None:
+    shards: Mapping[str, Any] = {"shard_days": 2, "chunk_days": 2, "state_days": every}
+    planned = plan_inference(until(20, world_url, cache, **shards), job, NO_OPTIONS)
+
+    def days(first: int, stop: int) -> Period:
+        return Period(FIRST.replace(day=first + 1), FIRST.replace(day=stop + 1))
+
+    assert list(stretches(planned, days(*gap))) == [days(*part) for part in expected]
+
+
+def test_the_command_line_for_a_timer(
+    client: Client,
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Plan, make, append, check, break and repair a cube, each by its command and exit code."""
+    file, cube = tmp_path / "settings.toml", tmp_path / "cube.zarr"
+    model = "hidden = 8\nencoder = 12\ncondensed = 4\n"
+    lists = "".join(f"{name} = {DAILY[name]}\n" for name in ("tile", "shard", "chunk"))
+    file.write_text(
+        f'[data]\nurl = "{world_url}"\n[model]\n{model}[inference]\n{lists}shard_days = 1\nchunk_days = 1\n'
+        'spinup_days = 2\noutputs = ["runoff", "baseflow_recession"]\n'
+    )
+    address = client.scheduler_info()["address"]
+
+    def run(*words: str, days: int = 3) -> tuple[int, str]:
+        ends = f"data.period={FIRST}..{FIRST.replace(day=days + 1)}"
+        command = [*words, "--set", ends, "--address", address]
+        monkeypatch.setattr("sys.argv", ["h2mv-dist", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        code = ended.value.code
+        return int(code or 0), said.out + said.err
+
+    infer = ("infer", str(file), "--job", job, "--cube", str(cube))
+    code, said = run(*infer, "--plan")
+    assert (code, cube.exists()) == (0, False)
+    for part in ("tiles: 2 of 2", "reads:", "each byte 1.33 times", "in 12 objects", "memory:", "cell-days"):
+        assert part in said
+    assert run(*infer)[0] == 0
+    code, said = run(*infer)
+    assert code == 0
+    assert "nothing to do" in said
+    code, said = run(*infer, "--append")
+    assert code == 75
+    assert "complete until 2001-01-04" in said
+    code, said = run(*infer, "--append", days=4)
+    assert code == 0, said
+    code, said = run(*infer, "--from", "2001-01-04", days=5)
+    assert code == 0
+    assert "computing anew from 2001-01-04" in said
+    code, said = run("verify-cube", str(cube))
+    assert code == 0
+    assert "4 receipts agree" in said
+    next(p for p in (cube / "runoff" / "c" / "4").rglob("*") if p.is_file()).unlink()
+    code, said = run("verify-cube", str(cube))
+    assert code == 1
+    assert "are not those that were written" in said
+    code, said = run("verify-cube", str(cube), "--repair", days=5)
+    assert code == 0, said
+    assert "4 receipts agree" in said.rpartition("finished")[2]
