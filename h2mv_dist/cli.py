@@ -146,7 +146,7 @@ def train(
 def cancel(
     place: Annotated[
         str,
-        typer.Argument(metavar="JOB", help="Job folder, or cube that is filled (URL).", callback=_place),
+        typer.Argument(metavar="JOB", help="Job folder, or store that is filled (URL).", callback=_place),
     ],
     address: Address = None,
     settings: Annotated[
@@ -158,8 +158,7 @@ def cancel(
     from h2mv_dist.jobs.cluster import chosen_kind, connect
     from h2mv_dist.jobs.training import cancel_jobs
 
-    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
-    chosen = load_cluster(settings, [*(set_ or []), *extra])
+    chosen = load_cluster(settings, _with_address(set_, address))
     if chosen_kind(chosen) != "address":
         raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
     with connect(chosen) as client:

@@ -77,7 +77,10 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "command",
-    ["world", "prepare", "train", "cancel", "infer", "settings", "verify", "verify-cube", "demo", "cluster"],
+    [
+        *("world", "prepare", "train", "cancel", "infer"),
+        *("settings", "verify", "verify-cube", "demo", "cluster"),
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")

@@ -140,21 +140,21 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
 
 
 def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
-    """Stop what runs for a job folder, or for a cube that is being filled; returns the names of the jobs.
+    """Stop what runs for a job folder, or to fill a cube or a prepared store; returns the names of the jobs.
 
     Raises:
         JobError: nothing does.
     """
-    names = tuple(job_id(kind, url) for kind in ("train", "infer"))
+    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare"))
     cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
     if not cancelled:
         raise JobError(
             describe(
                 "no such job is running",
                 where=scheduler_address(client),
-                expected=f"a job with the folder or cube {displayed(url)}",
+                expected=f"a job with the folder, cube or prepared store {displayed(url)}",
                 actual="none; it is finished, or was never submitted to this scheduler",
-                fix="give the URL that was given to --job or --cube, and the address of its scheduler",
+                fix="give the URL that was given to --job, --cube or --to, and the address of its scheduler",
             )
         )
     return cancelled

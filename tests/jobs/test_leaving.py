@@ -13,7 +13,8 @@ from h2mv_dist.config import Settings
 from h2mv_dist.io.cache import StagedCells, stage
 from h2mv_dist.io.folds import fit_scaler, make_folds
 from h2mv_dist.io.source import open_source
-from h2mv_dist.jobs import preemption, supervisor
+from h2mv_dist.jobs import supervisor
+from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
 from h2mv_dist.jobs.tasks import RankError
 from h2mv_dist.jobs.trainer import FoldRun, Ranks
@@ -78,10 +79,10 @@ def test_leaving_during_validation_keeps_the_epoch(
     steps = -(-len(first.run.fold.cells("train")) // 4)
     assert first.asked > steps, "it was asked before each batch of the validation"
 
-    leaving = Attempt(settings, staged, parts, alone, 2)
-    leaving.leave = lambda asked: asked > steps
-    assert leaving.run.train(0.0) is None
-    assert leaving.asked == steps + 1
+    stopped = Attempt(settings, staged, parts, alone, 2)
+    stopped.leave = lambda asked: asked > steps
+    assert stopped.run.train(0.0) is None
+    assert stopped.asked == steps + 1
     assert parts.read_checkpoint("last").progress["steps"] == steps
 
     back = Attempt(settings, staged, parts, alone, 3)
@@ -91,12 +92,12 @@ def test_leaving_during_validation_keeps_the_epoch(
 
 
 def test_a_worker_that_leaves_takes_no_rank() -> None:
-    preemption.leaving.set()
+    leaving.set()
     try:
         with pytest.raises(RankError) as refused:
             supervisor._require_time()
     finally:
-        preemption.leaving.clear()
+        leaving.clear()
     assert refused.value.failure.kind == "preempted", "another worker can have it, for free"
 
 

@@ -60,12 +60,13 @@ def test_one_worker_that_hangs_holds_up_nobody(
         # the others are heard of in the meantime
         time.sleep(2.5)
         assert reach.require_shared(client, folder) == folder.token()
-        monkeypatch.setattr(reach, "ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr(reach, "ANSWER_SECONDS", 1.0)
         monkeypatch.setattr(reach, "_one_worker_a_host", lambda _: (stopped,))
         with pytest.raises(JobError, match=f"no worker answers(.|\n)*worker {stopped}"):
             reach.require_shared(client, folder)
         others = sorted(set(client.scheduler_info(n_workers=-1)["workers"]) - {stopped})
         monkeypatch.setattr(reach, "_one_worker_a_host", lambda _: (stopped, others[0]))
+        monkeypatch.setattr(reach, "ANSWER_SECONDS", 3.0)
         with caplog.at_level(logging.WARNING):
             assert reach.require_shared(client, folder) == folder.token()
         assert f"worker {stopped} does not answer" in caplog.text
