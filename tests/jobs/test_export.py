@@ -15,6 +15,9 @@ from h2mv_dist.jobs.training import plan_training, submit_training
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
 
+pytestmark = [pytest.mark.slow]
+
+
 @pytest.fixture(scope="module")
 def swept(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
     """Two learning rates with two seeds each, one fold, two epochs."""

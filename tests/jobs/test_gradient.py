@@ -155,7 +155,7 @@ def plain(case: Case, model: ProcessModel) -> Arrays:
     return zeros | gradients(model) | found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("ranks")
     on_ranks(gradients_of_all_cases, request.param, folder)

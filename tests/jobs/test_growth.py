@@ -128,6 +128,7 @@ def test_nothing_new_is_said_and_nothing_touched(
     assert objects(cube.parent) == before
 
 
+@pytest.mark.slow
 def test_whole_shards_only(client: Client, world_url: str, cache: Path, job: str, tmp_path: Path) -> None:
     weekly = {"shard_days": 4, "chunk_days": 2}
     infer(client, until(9, world_url, cache, **weekly), job, tmp_path / "cube.zarr")
@@ -181,6 +182,7 @@ def test_replaced_forcing_is_computed_anew_from_a_day_on(
     assert frozen["baseline"] == final.attrs["baseline_period"]
 
 
+@pytest.mark.slow
 def test_states_on_the_way_can_be_gone_back_to(
     client: Client, world_url: str, other_weather: str, cache: Path, job: str, tmp_path: Path
 ) -> None:
@@ -287,6 +289,7 @@ def test_an_edited_cube_is_refused(world_url: str, cache: Path, job: str, cube: 
         open_context(planned, str(cube), NO_OPTIONS)
 
 
+@pytest.mark.slow
 def test_monthly_means_are_those_of_whole_months(
     client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     assert resumed.checkpoint_bytes("last") == whole.checkpoint_bytes("last")
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_nothing_but_rounding(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_damaged_checkpoint_fails_the_fold_with_its_own_message(
     assert last.read_bytes()[:1000] == last.read_bytes(), "nothing was overwritten"
 
 
+@pytest.mark.slow
 def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
     settings = small_settings(world_url, cache, training={"ranks": 4, "epochs": 10_000, "patience": 10_000})
     handle = submit_training(client, settings, str(tmp_path / "long"), NO_OPTIONS)
