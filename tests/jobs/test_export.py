@@ -14,7 +14,6 @@ from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import plan_training, submit_training
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
-
 pytestmark = [pytest.mark.slow]
 
 
