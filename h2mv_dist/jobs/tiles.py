@@ -7,7 +7,7 @@ the states and a receipt; what has a receipt is never computed again.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -99,9 +99,12 @@ def finish_cube(context: TileContext) -> None:
     _require_receipts(context, {n: gaps(covered.get(n, ()), layout.period) for n in _tile_names(context)})
     progress = Progress(layout.period, True, context.ledger.rollbacks, _constants(context))
     publish(context.cube.url, layout, progress, options)
-    kept = days_to_keep(context.plan)
+    chosen = context.plan.settings.inference
+    newest_days = chosen.keep_states * layout.shard_days
     for name in _tile_names(context):
-        context.snapshots.forget(name, [day for day in context.snapshots.days(name) if kept(day)])
+        days = context.snapshots.days(name)
+        kept = [day for day in days if is_kept(day, layout.period, newest_days, chosen.state_days)]
+        context.snapshots.forget(name, kept)
 
 
 def _tile_names(context: TileContext) -> list[str]:
@@ -118,17 +121,15 @@ def _constants(context: TileContext) -> str:
     return context.cube.write_constants(values)
 
 
-def days_to_keep(plan: CubePlan) -> Callable[[date], bool]:
-    """Which snapshots stay: the last ones, and those at multiples of ``state_days``."""
-    chosen, period = plan.settings.inference, plan.layout.period
-    oldest = period.first + period.n_days - chosen.keep_states * plan.layout.shard_days
+def is_kept(day: date, period: Period, newest_days: int, every: int | None) -> bool:
+    """Whether the snapshot of a day stays: it is among the last days, or at a regular distance.
 
-    def kept(day: date) -> bool:
-        first = Period(date(1970, 1, 1), day).n_days
-        regular = chosen.state_days is not None and (first - period.first) % chosen.state_days == 0
-        return regular or first >= oldest
-
-    return kept
+    >>> period = Period(date(1960, 1, 1), date(1960, 1, 31))
+    >>> [is_kept(date(1960, 1, d), period, newest_days=5, every=10) for d in (10, 11, 25, 26)]
+    [False, True, False, True]
+    """
+    since = (day - period.start).days
+    return since >= period.n_days - newest_days or (every is not None and since % every == 0)
 
 
 def _require_receipts(context: TileContext, missing: Mapping[str, Sequence[Period]]) -> None:
