@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource
 from h2mv_dist.errors import DataError, StoreError
@@ -285,6 +286,36 @@ def test_a_damaged_chunk_is_named(source: Source, world: Place) -> None:
         pytest.raises(StoreError, match=r"a chunk cannot be decoded(.|\n)*precipitation"),
     ):
         source.read_forcing(whole(source), source.period)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_flipped_bit_in_a_checked_chunk_is_never_used(sharded: bool, tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "data"), StorageOptions())
+    arrays = cf()
+    rain = arrays.pop("precipitation")
+    write(place, arrays)
+    shape = rain.values.shape
+    created = zarr.open_group(place.url, mode="r+").create_array(
+        "precipitation",
+        shape=shape,
+        dtype=np.float32,
+        chunks=(40, 2, 3),
+        shards=shape if sharded else None,
+        compressors=(ZstdCodec(), Crc32cCodec()),
+        attributes={"units": "mm d-1"},
+        dimension_names=rain.dims,
+    )
+    created[...] = rain.values
+    source = open_written_cf(place)
+    np.testing.assert_array_equal(source.read_forcing(whole(source), source.period)[..., 1], rain.values)
+    chunk = next(p for p in sorted((tmp_path / "data" / "precipitation" / "c").rglob("*")) if p.is_file())
+    good = chunk.read_bytes()
+    for position in range(0, len(good), len(good) // 7):
+        flipped = bytearray(good)
+        flipped[position] ^= 4
+        chunk.write_bytes(bytes(flipped))
+        with pytest.raises(StoreError, match="precipitation"):
+            source.read_forcing(whole(source), source.period)
 
 
 def test_wrong_credentials_are_found_when_opening_and_stay_secret(s3_server: S3Server) -> None:
