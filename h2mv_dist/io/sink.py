@@ -213,7 +213,7 @@ def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
     """Values to the nearest that has so many bits of mantissa, ties to even; what is not finite stays.
 
     >>> rounded(np.array([1.0, 0.1, np.nan], np.float32), 2)
-    array([1.   , 0.09375, nan], dtype=float32)
+    array([1.     , 0.09375,     nan], dtype=float32)
     """
     dropped = np.uint32(23 - kept_bits)
     bits = values.view(np.uint32)

@@ -10,16 +10,16 @@ import xarray as xr
 from h2mv_dist.errors import ConfigError, StoreError
 from h2mv_dist.grid import Period
 from h2mv_dist.io.netcdf import select, write_netcdf
-from tests.io.cubes import Case, CubePlace, basin_layout, fill, map_layout
+from tests.io.cubes import LAYOUTS, CubePlace, basin_layout, fill, map_layout
 
 DAYS = Period(date(2000, 2, 28), date(2000, 3, 2))
 
 
-def test_a_file_holds_what_the_cube_holds(case: Case, tmp_path: Path) -> None:
-    place = case.new_place()
-    fill(place, case.layout)
-    write_netcdf(select(place.url, place.options, period=DAYS), tmp_path / "part.nc")
-    with xr.open_dataset(tmp_path / "part.nc") as file, place.open() as cube:
+@pytest.mark.parametrize("name", ["both", "basins"])
+def test_a_file_holds_what_the_cube_holds(name: str, on_disk: CubePlace, tmp_path: Path) -> None:
+    fill(on_disk, LAYOUTS[name])
+    write_netcdf(select(on_disk.url, on_disk.options, period=DAYS), tmp_path / "part.nc")
+    with xr.open_dataset(tmp_path / "part.nc") as file, on_disk.open() as cube:
         expected = cube.isel(time=slice(1, 4)).load()
         xr.testing.assert_equal(file.load(), expected)
         assert file["runoff"].attrs["units"] == "mm d-1"

@@ -88,7 +88,9 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsSettings:
 # running schedulers
 
 
-@pytest.mark.parametrize("options", [(), PRELOADED], ids=["plain", "preloaded"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(PRELOADED, marks=pytest.mark.slow)], ids=["plain", "preloaded"]
+)
 def test_a_running_scheduler_is_used_and_left_alone(options: tuple[str, ...], tmp_path: Path) -> None:
     with plain_dask(tmp_path, *options) as file:
         settings = ClusterSettings(scheduler_file=str(file))
@@ -117,7 +119,9 @@ def test_a_scheduler_that_takes_no_plugins_needs_the_preload(tmp_path: Path) -> 
         assert "explicitly disallowed" in str(refused.value)
 
 
-@pytest.mark.parametrize("options", [(), PRELOADED], ids=["plain", "preloaded"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(PRELOADED, marks=pytest.mark.slow)], ids=["plain", "preloaded"]
+)
 def test_tls_to_a_running_scheduler(options: tuple[str, ...], tls: TlsSettings, tmp_path: Path) -> None:
     with plain_dask(tmp_path, *options, tls=tls) as file:
         with connect(ClusterSettings(scheduler_file=str(file), tls=tls)) as client:

@@ -158,6 +158,7 @@ def other_weather(world_url: str, tmp_path: Path) -> str:
     return str(url)
 
 
+@pytest.mark.slow
 def test_replaced_forcing_is_computed_anew_from_a_day_on(
     client: Client, world_url: str, other_weather: str, cache: Path, job: str, cube: Path, tmp_path: Path
 ) -> None:

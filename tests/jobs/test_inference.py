@@ -96,6 +96,7 @@ def test_tiled_and_blocked_equal_one_piece(
                 assert np.abs(ours - expected.numpy()).max() <= 1e-5 * scale + 1e-5, name
 
 
+@pytest.mark.slow
 def test_members_give_mean_and_spread(
     client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
 ) -> None:

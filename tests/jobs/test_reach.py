@@ -50,6 +50,7 @@ def test_ranks_look_for_the_token_also_in_a_sweep(
         assert re.search(f"{run}/fold-00 .attempt 1.: this host does not see", str(failed.value))
 
 
+@pytest.mark.slow
 def test_one_worker_that_hangs_holds_up_nobody(
     client: Client, folder: JobFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

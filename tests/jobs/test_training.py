@@ -138,6 +138,7 @@ def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, t
     train(client, world_url, cache, tmp_path / "next", ranks=4, epochs=1)
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_is_tried_again_after_a_pause(
     client: Client, world_url: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
     assert not handle.status()["cancelled"]
 
 
+@pytest.mark.slow
 def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +215,7 @@ def test_records_hold_settings_that_read_back_and_no_storage_options(
     assert done["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_fold_are_refused(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
