@@ -147,7 +147,8 @@ def _baseline(modules: Sequence[str] = IMPORTS) -> int:
 
 def _peak() -> int:
     """Largest resident bytes of this process, and what its children hold."""
-    return _status("VmHWM") + sum(c.memory_info().rss for c in psutil.Process().children(recursive=True))
+    children = psutil.Process().children(recursive=True)
+    return _status("VmHWM") + sum(int(child.memory_info().rss) for child in children)
 
 
 def _status(name: str) -> int:

@@ -26,10 +26,11 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running SeaweedFS."""
+    """A running SeaweedFS; ``metrics`` is where it counts requests and bytes, if it was told to."""
 
     endpoint: str
     options: StorageOptions
+    metrics: str = ""
 
     def new_bucket(self) -> str:
         """URL of a fresh, empty bucket."""
@@ -60,10 +61,10 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[S3Server]:
     """SeaweedFS on free ports of 127.0.0.1, stopped by its own process id; its files are in ``folder``."""
-    port = free_port()
+    port, metrics_port = free_port(), free_port()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            server_command(folder, port),
+            [*server_command(folder, port), f"-metricsPort={metrics_port}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             # every bucket takes volumes of its own: one at a time, not seven
@@ -72,7 +73,8 @@ def running_server(folder: Path) -> Iterator[S3Server]:
         try:
             endpoint = f"http://127.0.0.1:{port}"
             wait_for_server(endpoint, process, folder / "log")
-            yield S3Server(endpoint, storage_options(endpoint))
+            metrics = f"http://127.0.0.1:{metrics_port}/metrics"
+            yield S3Server(endpoint, storage_options(endpoint), metrics)
         finally:
             # Its own shutdown waits for clients; nothing in the temporary folder is worth that.
             process.kill()

@@ -16,8 +16,8 @@ from h2mv_dist.io.source import Source
 from h2mv_dist.spec import Float32Array
 
 KEPT_BYTES: Final = 16 * 2**20
-"""A tile whose forcing is no larger than this (some ten years) is kept while the tile is worked on. Longer ones
-are read again for each pass, which costs little beside computing it; memory does not grow with the period."""
+"""A tile whose forcing is no larger than this (some ten years) is kept while the tile is worked on. Longer
+ones are read again for each pass, so that memory does not grow with the period."""
 
 _T = TypeVar("_T")
 
