@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults lint bench clean
+.PHONY: demo test test-all faults lint bench bench-io clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ faults: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# inference from object store to object store, a worker's memory, and the stores themselves; takes long
+bench-io: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io memory stores
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,16 +1,37 @@
-"""All benchmarks, or those named: ``python -m benchmarks day_loop job_start``."""
+"""All short benchmarks, or those named: ``python -m benchmarks day_loop job_start``.
 
-import sys
+``io``, ``memory`` and ``stores`` start an object store, take minutes, and run only when they are named.
+"""
 
-from benchmarks import day_loop, job_start
+import argparse
+from collections.abc import Callable
+from typing import Final
 
-ALL = {"day_loop": day_loop.main, "job_start": job_start.main}
+from benchmarks import day_loop, job_start, memory, object_store, stores
+
+SHORT: Final[dict[str, Callable[[], None]]] = {"day_loop": day_loop.main, "job_start": job_start.main}
+LONG: Final = ("io", "memory", "stores")
 
 
 def main() -> None:
-    for name in sys.argv[1:] or ALL:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*SHORT, *LONG)))
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    parser.add_argument("--resolution", type=float, default=1.0, help="degrees of the world of io")
+    parser.add_argument("--years", type=int, default=1, help="years of the world of io")
+    chosen = parser.parse_args()
+    long: dict[str, Callable[[], None]] = {
+        "io": lambda: object_store.main(chosen.quick, chosen.resolution, chosen.years),
+        "memory": lambda: memory.main(chosen.quick),
+        "stores": lambda: stores.main(chosen.quick),
+    }
+    known = SHORT | long
+    for name in chosen.names:
+        if name not in known:
+            parser.error(f"no benchmark {name!r}; there are {', '.join(known)}")
+    for name in chosen.names or SHORT:
         print(f"\n## {name}\n", flush=True)
-        ALL[name]()
+        known[name]()
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
@@ -22,6 +24,9 @@ from h2mv_dist.io.stores import displayed, explained, open_store, without_read_b
 from h2mv_dist.spec import Budget, Float32Array
 
 Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
+ARRAYS_AT_ONCE: Final = 4
+"""Arrays that are written at a time: an object store takes most of a put's time to answer."""
+
 ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
@@ -86,12 +91,23 @@ class Sink:
             return _checksum(self._written(region, values))
 
     def _written(self, region: "_Region", values: Mapping[str, Float32Array]) -> Iterator[Float32Array]:
-        """Write one array after the other, each handed on, so that one at a time is in memory."""
-        for name in region.names:
-            for array_name, reduced in _arrays(self.layout, name, values[name]):
-                block = reduced if region.land is None else _expanded(reduced, region.land)
-                self.arrays[array_name + region.suffix][region.where] = block
-                yield block
+        """Write some arrays at a time, each handed on in its order, so that no more are in memory."""
+        writing: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(ARRAYS_AT_ONCE, "h2mv-shards") as pool:
+            for name in region.names:
+                for array_name, reduced in _arrays(self.layout, name, values[name]):
+                    block = reduced if region.land is None else _expanded(reduced, region.land)
+                    if len(writing) == ARRAYS_AT_ONCE:
+                        writing.popleft().result()
+                    writing.append(
+                        pool.submit(self._write_array, array_name + region.suffix, region.where, block)
+                    )
+                    yield block
+            for array in writing:
+                array.result()
+
+    def _write_array(self, name: str, where: Where, block: Float32Array) -> None:
+        self.arrays[name][where] = block
 
 
 @dataclass(frozen=True)

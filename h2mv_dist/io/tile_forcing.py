@@ -15,8 +15,9 @@ from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.source import Source
 from h2mv_dist.spec import Float32Array
 
-KEPT_BYTES: Final = 256 * 2**20
-"""A tile whose forcing is no larger than this is kept while the tile is worked on."""
+KEPT_BYTES: Final = 16 * 2**20
+"""A tile whose forcing is no larger than this (some ten years) is kept while the tile is worked on. Longer
+ones are read again for each pass, so that memory does not grow with the period."""
 
 _T = TypeVar("_T")
 

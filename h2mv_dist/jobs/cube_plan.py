@@ -15,10 +15,12 @@ from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewE
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress, projected_bytes
 from h2mv_dist.io.cube_store import differences, find_cube
+from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.simulation import PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
 from h2mv_dist.model.h2mv import GATE_DAYS
 from h2mv_dist.model.registry import model_kind
@@ -26,6 +28,8 @@ from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
+FIRST_USE_BYTES: Final = 56 * 2**20
+"""What torch, zarr and the clients of an object store take when they are first used, whatever the tile."""
 NUMBERS: Final = 1
 """Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
 then not continued. Versions of packages are recorded, but do not matter."""
@@ -66,27 +70,31 @@ class CubePlan:
         )
 
     def tile_bytes(self) -> int:
-        """Projected peak of the arrays a worker holds for its largest tile, bytes; one line a buffer.
+        """Projected growth of a worker above its imports while it works on its largest tile, bytes.
 
-        Measured where what is freed goes back to the system, as nannies start their workers
-        (``MALLOC_TRIM_THRESHOLD_``); elsewhere glibc may hold about twice as much.
+        One line a buffer; measured by ``python -m benchmarks memory``, where what is freed goes back to the
+        system, as nannies start their workers (``MALLOC_TRIM_THRESHOLD_``).
         """
         layout, mask = self.layout, self.layout.grid.mask
         tile = max(layout.tiles, key=lambda tile: int(mask[tile.slices].sum()))
         cells, box = int(mask[tile.slices].sum()), math.prod(tile.shape)
         days, members = min(layout.shard_days, self.layout.period.n_days), len(layout.members)
         forcing = TileForcing(self.source, tile, self.layout.period, layout.shard_days).n_bytes
-        # of one member: gates as a product and with what is constant, days one by one and joined
-        gates = 2 * GATE_DAYS * cells * 4 * self.settings.model.hidden
-        member = 2 * days * cells * len(self.spec.daily)
+        # as read, in the models, stacked, and what a pass makes of them
+        weights = 4 * sum(t.nbytes for checkpoint in self.checkpoints for t in checkpoint.tensors.values())
+        # of one member: gates of some days, as a product, with what is constant, and those before; today's
+        gates = (3 * GATE_DAYS + 3) * cells * 4 * self.settings.model.hidden
+        # of one member and part: days one by one and joined, the member before, the budget in float64
+        part = 3 * min(PART_DAYS, days) * cells * len(self.spec.daily)
         # of all members: what is computed, and the block before, which is being written
         values = 2 * members * days * cells * len(layout.daily)
-        # of the variable that is being written: its deviations in float64, then its box with sea, and coded
+        # of a variable that is to be written: its deviations in float64
         spread = 0 if layout.member_axis else 2 * members * days * cells
-        coded = 3 * (members if layout.member_axis else 1) * days * box
         # sums over the month, float64, and the means of one that ends
         values += 3 * members * cells * len(layout.monthly)
-        return forcing + FLOAT_BYTES * (gates + member + values + max(spread, coded))
+        # of each array that is being written: its box with sea, its chunks, these coded, joined and sent
+        written = 5 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
+        return FIRST_USE_BYTES + forcing + weights + FLOAT_BYTES * (gates + part + values + spread + written)
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:
         """Projected bytes, before compression, of these days of these tiles."""

@@ -3,7 +3,7 @@
 A tile of a cube and :func:`h2mv_dist.run` use the same code. Outputs are [member, time, cell].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Final, NamedTuple
@@ -19,6 +19,9 @@ from h2mv_dist.model.base import Batch, Result, State
 from h2mv_dist.model.ensemble import Ensemble
 from h2mv_dist.spec import Float32Array, ModelSpec
 
+PART_DAYS: Final = 64
+"""Days that go through a model at once, so that what it remembers of each stays small (and in caches): whole
+multiples of the days for which a model prepares its products together."""
 _REFERENCE: Final = "reference/"
 _STATE: Final = "state/"
 _SUM: Final = "sum/"
@@ -98,6 +101,23 @@ class Days:
     spinup: Period | None
 
 
+class _Part(NamedTuple):
+    """Some days of a block, of one member.
+
+    Attributes:
+        member: which one.
+        days: positions in the block.
+        before: the member's state when they begin.
+    """
+
+    member: int
+    days: slice
+    before: State
+
+
+_Receive = Callable[[_Part, Result], None]
+
+
 class TileSimulation:
     """All members over the same forcing, each with its own state."""
 
@@ -123,7 +143,7 @@ class TileSimulation:
         """After the spin-up, from empty stores."""
         state = self.ensemble.initial_state(self.static.shape[0])
         for _, batch in self.blocks(self.days.spinup) if self.days.spinup is not None else ():
-            state = self.ensemble.run(batch, state, _nothing)
+            state = self._run(batch, state, _nothing)
         return Carried(self.days.period.start, state, self._baseline_means(state), {})
 
     def advance(self, carried: Carried, day: date) -> Carried:
@@ -148,11 +168,13 @@ class TileSimulation:
         for block, batch in self.blocks(Period(self.days.period.start, baseline.stop)):
             inside = torch.from_numpy(np.isin(block.days(), baseline.days())).to(device)
 
-            def add(member: int, result: Result, inside: torch.Tensor = inside) -> None:
+            def add(part: _Part, result: Result, inside: torch.Tensor = inside) -> None:
+                chosen = inside[part.days]
                 for name, store in wanted.items():
-                    sums[name][member] += result.daily[store][:, inside].sum(dim=1, dtype=torch.float64)
+                    found = result.daily[store][:, chosen]
+                    sums[name][part.member] += found.sum(dim=1, dtype=torch.float64)
 
-            state = self.ensemble.run(batch, state, add)
+            state = self._run(batch, state, add)
         return {name: (s / baseline.n_days).float() for name, s in sums.items()}
 
     def blocks(self, period: Period) -> Iterator[tuple[Period, Batch]]:
@@ -171,19 +193,18 @@ class TileSimulation:
         static = {n: np.empty((members, batch.n_cells), np.float32) for n in self.once}
         residuals: list[float] = []
 
-        def keep(member: int, result: Result) -> None:
+        def keep(part: _Part, result: Result) -> None:
             for name, values in daily.items():
                 found = result.daily[self.spec.anomalies.get(name, name)]
                 if name in carried.references:
-                    found = found - carried.references[name][member].unsqueeze(1)
-                values[member] = found.T.cpu().numpy()
+                    found = found - carried.references[name][part.member].unsqueeze(1)
+                values[part.member, part.days] = found.T.cpu().numpy()
             for name, once in static.items():
-                once[member] = result.static[name].cpu().numpy()
+                once[part.member] = result.static[name].cpu().numpy()
             if self.spec.budget is not None:
-                before = tuple(part[member] for part in carried.state)
-                residuals.append(_residual(self.spec, before, result))
+                residuals.append(_residual(self.spec, part.before, result))
 
-        state = self.ensemble.run(batch, carried.state, keep)
+        state = self._run(batch, carried.state, keep)
         sums, months = self._months(block, daily, carried.sums)
         values = Values(daily, static, months, max(residuals, default=None))
         return carried._replace(day=block.stop, state=state, sums=sums), values
@@ -204,6 +225,17 @@ class TileSimulation:
             if part.stop == month.stop and month.start >= self.days.period.start:
                 ended[month] = {n: np.asarray(going_on[n] / month.n_days, np.float32) for n in self.monthly}
         return going_on, ended
+
+    def _run(self, batch: Batch, state: State, receive: _Receive) -> State:
+        """Run a block, some of its days at a time."""
+        for first in range(0, batch.n_days, PART_DAYS):
+            days, before = slice(first, min(first + PART_DAYS, batch.n_days)), state
+
+            def take(member: int, result: Result, days: slice = days, before: State = before) -> None:
+                receive(_Part(member, days, tuple(part[member] for part in before)), result)
+
+            state = self.ensemble.run(batch.days(days.start, days.stop), state, take)
+        return state
 
 
 def _months_of(block: Period) -> tuple[Period, ...]:
@@ -228,5 +260,5 @@ def _residual(spec: ModelSpec, before: State, result: Result) -> float:
     return budget.residual(daily, np.sum(parts, axis=0))
 
 
-def _nothing(_member: int, _result: Result) -> None:
+def _nothing(_part: _Part, _result: Result) -> None:
     """Of a spin-up only the states are kept."""

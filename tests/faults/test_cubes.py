@@ -25,11 +25,12 @@ from h2mv_dist.io.stores import get_object, join, list_objects
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.training import submit_training
-from tests.conftest import ProxiedS3, S3Server, _command, _wait_for, free_port, storage_options
+from tests.conftest import ProxiedS3, S3Server, free_port, storage_options
 from tests.fault_proxy import FaultProxy
 from tests.faults.processes import DaskProcesses, send
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import wait_until
+from tests.seaweed import server_command, wait_for_server
 
 pytestmark = [pytest.mark.slow]
 
@@ -291,7 +292,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         port = free_port()
-        self.folder, self.command = folder, _command(folder, port)
+        self.folder, self.command = folder, server_command(folder, port)
         endpoint = f"http://127.0.0.1:{port}"
         self.s3 = S3Server(endpoint, storage_options(endpoint))
         self.process: subprocess.Popen[bytes] | None = None
@@ -307,7 +308,7 @@ class Server:
         environment = {**os.environ, "GOMEMLIMIT": "256MiB", "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
-        _wait_for(self.s3.endpoint, self.process, self.folder / "log")
+        wait_for_server(self.s3.endpoint, self.process, self.folder / "log")
 
     def kill(self) -> None:
         assert self.process is not None
