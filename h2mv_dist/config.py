@@ -344,6 +344,9 @@ class InferenceSettings(_Settings):
     rounding: Literal["none", "fluxes", "all"] = "none"
     """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better;
     ``fluxes``: all but stores."""
+    compression: Literal["zstd", "blosc"] = "zstd"
+    """``zstd``: level 1, which makes these numbers as small as higher levels do; ``blosc``: LZ4 of shuffled
+    bytes, several times as fast to write, about a fifth larger."""
     folds: FoldNumbers | None = None
     """Folds to run; every trained one if left out."""
     spinup_days: int | None = Field(None, ge=0)

@@ -55,6 +55,7 @@ RECORDED: Final = ("data_url", "training_job", "settings", "versions")
 
 MembersAs = Literal["spread", "all", "both"]
 Form = Literal["members", "mean", "spread"]
+Compression = Literal["zstd", "blosc"]
 
 KEPT_BITS: Final = 12
 """Bits of the mantissa of rounded values: relative errors are at most 2**-13."""
@@ -113,6 +114,7 @@ class CubeLayout:
         chunk: cells of a chunk along each spatial axis.
         shard: cells of a shard along each spatial axis; a multiple of the chunk.
         tile: cells of a tile along each spatial axis; a multiple of the shard.
+        compression: of chunks.
         chunk_days: days of a chunk.
         shard_days: days of a shard; a multiple of the chunk's.
         attributes: provenance for the root; holds :data:`FINGERPRINT` and, but for :data:`RECORDED`, nothing
@@ -134,6 +136,7 @@ class CubeLayout:
     attributes: Mapping[str, str]
     rounded: tuple[str, ...] = ()
     monthly: tuple[str, ...] = ()
+    compression: Compression = "zstd"
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -286,6 +289,7 @@ def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
         grid=grid,
         period=Progress.of(attributes).period,
         members_as=geometry["members_as"],
+        compression=geometry["compression"],
         chunk_days=geometry["chunk_days"],
         shard_days=geometry["shard_days"],
         attributes={name: text for name, text in attributes.items() if name not in unseen},
@@ -304,6 +308,7 @@ def _geometry(layout: CubeLayout) -> dict[str, object]:
         "shape": list(grid.shape),
         "start": str(layout.period.start),
         "members_as": layout.members_as,
+        "compression": layout.compression,
         "chunk_days": layout.chunk_days,
         "shard_days": layout.shard_days,
         **{f"{name}_sha256": _hashed(values) for name, values in cells.items()},

@@ -29,6 +29,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.io.failures import is_store_failure, store_error
+from h2mv_dist.io.fast_reads import with_fast_reads
 
 _TEMPORARY: Final = ".h2mv-part-"
 """Prefix of the local files that are not yet in place."""
@@ -56,7 +57,8 @@ def open_store(url: str, options: StorageOptions, *, read_only: bool) -> Store:
     with explained(url, options):
         if _speaks_s3(url):
             place = _s3(url, options, asynchronous=True)
-            return FsspecStore(place.filesystem, path=place.path, read_only=read_only)
+            store = FsspecStore(place.filesystem, path=place.path, read_only=read_only)
+            return with_fast_reads(store, _given(url, options)) if read_only else store
         return FsspecStore.from_url(url, storage_options=_given(url, options), read_only=read_only)
 
 

@@ -371,6 +371,7 @@ def _layout(
         constants=tuple(n for n in names if n in spec.constants),
         members=tuple(checksums),
         members_as=chosen.members,
+        compression=chosen.compression,
         rounded=_rounded(chosen.rounding, names, spec),
         monthly=tuple(n for n in names if n in spec.daily or n in spec.anomalies) if chosen.monthly else (),
         chunk=chosen.chunk,

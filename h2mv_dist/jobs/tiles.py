@@ -5,7 +5,6 @@ block computes, the one before is written and the next one is read. A stretch of
 the states and a receipt; what has a receipt is never computed again.
 """
 
-import ctypes
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
-from typing import Final
 
 import torch
 
@@ -26,6 +24,7 @@ from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
+from h2mv_dist.jobs.memory import keep_freed_memory
 from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.model.base import Batch
@@ -42,10 +41,6 @@ class TileContext:
     ledger: Ledger
     snapshots: Snapshots
 
-
-_ARENA_MAX: Final = -8
-"""Name of glibc's setting of that name (malloc.h)."""
-_ARENAS: Final = 2
 
 _contexts: dict[str, TileContext] = {}
 """The context of the cube this worker is busy with; one at most."""
@@ -79,7 +74,7 @@ def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileC
     Raises:
         StoreError: there is no such cube, or it cannot be reached.
     """
-    _share_freed_memory()
+    keep_freed_memory()
     rollbacks = planned.progress.rollbacks if planned.progress else ()
     return TileContext(
         plan=planned,
@@ -88,15 +83,6 @@ def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileC
         ledger=Ledger(cube, options, rollbacks),
         snapshots=Snapshots(cube, options, planned.layout.fingerprint, rollbacks),
     )
-
-
-def _share_freed_memory() -> None:
-    """Let threads take what other threads have freed.
-
-    glibc gives eight arenas a core, each of which keeps some: 20 MB more after 20 years than after two.
-    """
-    if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        set_option(_ARENA_MAX, _ARENAS)
 
 
 def inference_device() -> torch.device:

@@ -91,7 +91,7 @@ def basin_layout(**changes: Any) -> CubeLayout:
 
 LAYOUTS = {
     "spread": map_layout(),
-    "both": map_layout(members_as="both", rounded=("runoff",)),
+    "both": map_layout(members_as="both", rounded=("runoff",), compression="blosc"),
     "members": map_layout(members_as="all"),
     "one member": map_layout(members=(5,)),
     "one shard": map_layout(chunk=(10, 10), shard=(20, 20), tile=(20, 20), chunk_days=30, shard_days=30),

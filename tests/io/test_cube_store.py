@@ -49,6 +49,7 @@ def moved_grid() -> Grid:
         ({"grid": moved_grid()}, "layout.lon_sha256"),
         ({"members": (0, 3, 8)}, "layout.members"),
         ({"members_as": "all"}, "layout.members_as"),
+        ({"compression": "blosc"}, "layout.compression"),
         ({"daily": DAILY[:2]}, "layout.daily"),
         ({"chunk_days": 4}, "layout.chunk_days"),
     ],
