@@ -8,7 +8,10 @@ _MMAP_THRESHOLD: Final = -3
 _ARENA_MAX: Final = -8
 """Numbers of glibc's settings of these names (malloc.h)."""
 
-KEPT_BYTES: Final = 32 * 2**20
+KEPT_BYTES: Final = 16 * 2**20
+"""What each arena keeps of what was freed."""
+LARGE_BYTES: Final = 4 * 2**20
+"""Arrays from this size on are mapped one by one, so that they leave no holes; smaller ones come each day."""
 _ARENAS: Final = 2
 
 
@@ -16,13 +19,12 @@ def keep_freed_memory() -> None:
     """Let results of a day take what results of the day before have left, whichever thread freed it.
 
     Nannies have their workers give back all that is freed, and with it glibc maps every array above 128 KiB
-    anew, which costs models half of their speed. Now up to ``KEPT_BYTES`` in each of two arenas are kept, and
-    larger arrays are mapped. On other C libraries nothing is changed.
+    anew, which costs models half of their speed. On other C libraries nothing is changed.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return
     for name, value in (
-        (_MMAP_THRESHOLD, KEPT_BYTES),
+        (_MMAP_THRESHOLD, LARGE_BYTES),
         (_TRIM_THRESHOLD, KEPT_BYTES),
         (_ARENA_MAX, _ARENAS),
     ):
