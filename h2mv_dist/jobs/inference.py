@@ -6,7 +6,6 @@ A tile is asked for the days that no receipt of it covers; what readers are show
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -16,22 +15,21 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, to_json
-from h2mv_dist.errors import JobError, StoreError, describe
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_check import CubeCheck
 from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
 from h2mv_dist.io.snapshots import Snapshots
-from h2mv_dist.io.stores import displayed, local_path
+from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.training import job_id
 
-COMPRESSION: Final = 10
-"""Outputs are not compressed any further than by about this factor."""
 FINISH_UNIT: Final = "finish"
 """The unit that comes after all tiles: constants and metadata."""
 
@@ -53,7 +51,7 @@ def start_inference(
     require_workers(client, 1, "inference")
     _require_memory(client, planned)
     missing = missing_days(planned, cube, options)
-    _require_disk(planned, missing, cube)
+    require_disk("cube", cube, planned.missing_bytes(missing), "fewer inference.outputs")
     warn_of_split_chunks(planned)
     create_cube(cube, planned.layout, options, settings.inference.overwrite)
     constants_done = not planned.layout.constants or planned.progress is None or planned.progress.constants
@@ -188,37 +186,6 @@ def _require_memory(client: Client, planned: CubePlan) -> None:
                 actual=f"about {format_bytes(needed)} for the largest tile",
                 fix="choose smaller tiles or fewer inference.shard_days, or start larger workers",
             )
-        )
-
-
-def _require_disk(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], cube: str) -> None:
-    """Refuse a cube that cannot fit on this machine's disk; object stores do not say what is free.
-
-    Raises:
-        StoreError: not even a tenth of the bytes before compression is free.
-    """
-    place = local_path(cube)
-    if place is None:
-        return
-    needed = planned.missing_bytes(missing)
-    folder = next(path for path in (place, *place.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free * COMPRESSION < needed:
-        raise StoreError(
-            describe(
-                "the cube does not fit on the disk",
-                where=str(folder),
-                expected=f"at least {format_bytes(needed // COMPRESSION)} free for what is missing of the "
-                f"cube ({format_bytes(needed)} before compression)",
-                actual=f"{format_bytes(free)} free",
-                fix="free space (a cube that is to be replaced can be deleted first), choose another disk, "
-                "or fewer inference.outputs",
-            )
-        )
-    if free < needed:
-        _log.warning(
-            "%s has %s free; the tiles of the cube that are missing take %s before compression",
-            *(folder, format_bytes(free), format_bytes(needed)),
         )
 
 

@@ -304,7 +304,7 @@ def test_a_cube_that_cannot_fit_on_the_disk_is_refused_before_anything_is_writte
     handle = start_inference(client, planned, job, cube, NO_OPTIONS)
     assert handle is not None
     handle.wait()
-    assert "tiles of the cube that are missing take" in caplog.text
+    assert "what is missing of the cube takes" in caplog.text
     assert f"{cube}: {planned.summary()}" in caplog.messages
     leave(0)
     planned = plan_inference(settings, job, NO_OPTIONS, cube=cube)
