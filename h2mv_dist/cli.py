@@ -187,7 +187,10 @@ def infer(
         ),
     ] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Print what it would take, and how long; write nothing.")
+        bool,
+        typer.Option(
+            "--plan", help="Print what it would take, and how long; refuse what cannot fit; write nothing."
+        ),
     ] = False,
 ) -> None:
     """Run trained folds over the whole grid into an output cube; run again to finish what is missing.
@@ -195,7 +198,7 @@ def infer(
     Exit code 75 if there is nothing to append yet, so that a timer can try again.
     """
     from h2mv_dist.jobs.cube_plan import plan_inference
-    from h2mv_dist.jobs.forecast import forecast
+    from h2mv_dist.jobs.forecast import forecast, require_room
     from h2mv_dist.jobs.inference import roll_back
 
     chosen, options = _settings(settings, set_, address)
@@ -203,6 +206,7 @@ def infer(
         plan = plan_inference(chosen, job, options, cube=cube, append=append)
         for line in forecast(plan, cube, options).lines():
             console.print(line, soft_wrap=True, highlight=False)
+        require_room(plan, cube, options)
         return
     if from_ is not None:
         # planned first: nothing is rolled back for a cube that cannot be continued

@@ -84,7 +84,8 @@ class CubePlan:
         weights = 4 * sum(t.nbytes for checkpoint in self.checkpoints for t in checkpoint.tensors.values())
         # of one member: gates of some days, as a product, with what is constant, and those before; today's
         gates = (3 * GATE_DAYS + 3) * cells * 4 * self.settings.model.hidden
-        # of one member and part: days one by one and joined, the member before, the budget in float64
+        # of one member and part: days one by one and joined, the member before, the budget in float64; with a
+        # GPU these are on it, and on the host are pinned copies of two parts, of all members, instead
         part = 3 * min(PART_DAYS, days) * cells * len(self.spec.daily)
         # of all members: what is computed, and the block before, which is being written
         values = 2 * members * days * cells * len(layout.daily)

@@ -14,7 +14,8 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.cube_plan import FLOAT_BYTES, CubePlan
-from h2mv_dist.jobs.inference import missing_days
+from h2mv_dist.jobs.inference import missing_days, require_cube_disk, require_memory
+from h2mv_dist.jobs.room import memory_limit
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
 
@@ -92,6 +93,18 @@ def forecast(planned: CubePlan, cube: str, options: StorageOptions) -> Forecast:
         memory=planned.tile_bytes(),
         seconds=_seconds(planned, missing, land) if missing else 0.0,
     )
+
+
+def require_room(planned: CubePlan, cube: str, options: StorageOptions) -> None:
+    """Refuse what cannot fit, as far as settings and this machine's disk tell.
+
+    Raises:
+        JobError: a tile takes more than ``cluster.memory_limit``.
+        StoreError: the cube cannot fit on the disk, or a store fails.
+    """
+    if (limit := memory_limit(planned.settings.cluster)) is not None:
+        require_memory(planned, limit, "cluster.memory_limit")
+    require_cube_disk(planned, missing_days(planned, cube, options), cube)
 
 
 def chunks_of(tile: Tile, chunk: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -6,8 +6,8 @@ A tile is asked for the days that no receipt of it covers; what readers are show
 import json
 import logging
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any, Final
@@ -15,25 +15,26 @@ from typing import Any, Final
 from dask.utils import format_bytes
 from distributed import Client
 
-from h2mv_dist.config import Settings, StorageOptions, to_json
-from h2mv_dist.errors import JobError, StoreError, describe
+from h2mv_dist.config import Settings, StorageOptions, as_toml, to_json
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_check import CubeCheck
 from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
 from h2mv_dist.io.snapshots import Snapshots
-from h2mv_dist.io.stores import displayed, local_path
+from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.training import job_id
 
-COMPRESSION: Final = 10
-"""Outputs are not compressed any further than by about this factor."""
 FINISH_UNIT: Final = "finish"
 """The unit that comes after all tiles: constants and metadata."""
+_CUTS: Final = ("shard_days", "tile", "shard")
+"""Settings that decide how much of a cube is in memory at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def start_inference(
     require_workers(client, 1, "inference")
     _require_memory(client, planned)
     missing = missing_days(planned, cube, options)
-    _require_disk(planned, missing, cube)
+    require_cube_disk(planned, missing, cube)
     warn_of_split_chunks(planned)
     create_cube(cube, planned.layout, options, settings.inference.overwrite)
     constants_done = not planned.layout.constants or planned.progress is None or planned.progress.constants
@@ -178,48 +179,76 @@ def _possible_starts(
 def _require_memory(client: Client, planned: CubePlan) -> None:
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    if limits:
+        require_memory(planned, min(limits), "the smallest worker's limit")
+
+
+def require_memory(planned: CubePlan, limit: int, whose: str) -> None:
+    """Refuse tiles that do not fit into a worker, and say what would.
+
+    Raises:
+        JobError: the largest tile takes more than ``limit`` bytes.
+    """
     needed = planned.tile_bytes()
-    if limits and needed > min(limits):
+    if needed > limit:
         raise JobError(
             describe(
                 "a tile does not fit into a worker",
                 where="inference.tile and inference.shard_days",
-                expected=f"at most {format_bytes(min(limits))}, the smallest worker's limit",
+                expected=f"at most {format_bytes(limit)}, {whose}",
                 actual=f"about {format_bytes(needed)} for the largest tile",
-                fix="choose smaller tiles or fewer inference.shard_days, or start larger workers",
+                fix=_what_fits(planned, limit),
             )
         )
 
 
-def _require_disk(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], cube: str) -> None:
-    """Refuse a cube that cannot fit on this machine's disk; object stores do not say what is free.
+def require_cube_disk(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], cube: str) -> None:
+    """Refuse a cube whose missing days cannot fit on this machine's disk.
 
     Raises:
         StoreError: not even a tenth of the bytes before compression is free.
     """
-    place = local_path(cube)
-    if place is None:
-        return
-    needed = planned.missing_bytes(missing)
-    folder = next(path for path in (place, *place.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free * COMPRESSION < needed:
-        raise StoreError(
-            describe(
-                "the cube does not fit on the disk",
-                where=str(folder),
-                expected=f"at least {format_bytes(needed // COMPRESSION)} free for what is missing of the "
-                f"cube ({format_bytes(needed)} before compression)",
-                actual=f"{format_bytes(free)} free",
-                fix="free space (a cube that is to be replaced can be deleted first), choose another disk, "
-                "or fewer inference.outputs",
-            )
-        )
-    if free < needed:
-        _log.warning(
-            "%s has %s free; the tiles of the cube that are missing take %s before compression",
-            *(folder, format_bytes(free), format_bytes(needed)),
-        )
+    require_disk("cube", cube, planned.missing_bytes(missing), "fewer inference.outputs")
+
+
+def _what_fits(planned: CubePlan, limit: int) -> str:
+    fitting = fitting_layout(planned, limit)
+    if fitting is None:
+        return "start larger workers; neither fewer days nor smaller tiles of whole chunks would fit"
+    changed = [name for name in _CUTS if getattr(fitting, name) != getattr(planned.layout, name)]
+    values = " and ".join(f"inference.{name} = {as_toml(getattr(fitting, name))}" for name in changed)
+    if planned.progress is not None:
+        return f"start larger workers, or make another cube, with {values}"
+    return f"set {values}, or start larger workers"
+
+
+def fitting_layout(planned: CubePlan, limit: int) -> CubeLayout | None:
+    """The plan's layout, changed so that no tile takes more than ``limit`` bytes; None if that is not enough.
+
+    Shards of the most days that fit, in whole chunks; else tiles, and shards if need be, of fewer chunks.
+    """
+    layout, every = planned.layout, planned.settings.inference.state_days
+
+    def fits(changed: CubeLayout) -> bool:
+        return replace(planned, layout=changed).tile_bytes() <= limit
+
+    days = range(layout.shard_days, 0, -layout.chunk_days)
+    fewer = [replace(layout, shard_days=n) for n in days if every is None or every % n == 0]
+    found = bisect_left(fewer, True, key=fits)
+    if found < len(fewer):
+        return fewer[found]
+    return next(filter(fits, (small for days in (layout, fewer[-1]) for small in _smaller_tiles(days))), None)
+
+
+def _smaller_tiles(layout: CubeLayout) -> Iterator[CubeLayout]:
+    """The same layout with tiles of fewer and fewer chunks, of about the same shape."""
+    tiles = [
+        tuple(max(t // parts // c, 1) * c for t, c in zip(layout.tile, layout.chunk, strict=True))
+        for parts in range(2, max(layout.tile) + 1)
+    ]
+    for tile in dict.fromkeys(tiles):
+        whole = not any(t % s for t, s in zip(tile, layout.shard, strict=True))
+        yield replace(layout, tile=tile, shard=layout.shard if whole else tile)
 
 
 def warn_of_split_chunks(planned: CubePlan) -> None:

@@ -7,7 +7,7 @@ other, and writes whole shards. The last unit adds what does not change with tim
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.spec import Float32Array
 
@@ -48,9 +49,14 @@ class PreparePlan:
         reading = max(series.read_bytes(block.n_days, shape) for series in self.daily.forcing)
         return self.layout.block_bytes() + max(reading, self.layout.write_bytes())
 
+    def missing_bytes(self, done: Collection[str]) -> int:
+        """Bytes of the forcing, before compression, in the stretches of days that are not done."""
+        days = sum(block.n_days for block in self.layout.blocks if str(block) not in done)
+        return 4 * len(self.daily.forcing) * days * self.layout.grid.mask.size
+
     def summary(self) -> str:
         """What will be made, a line for each variable after the first."""
-        total = len(self.daily.forcing) * 4 * self.layout.period.n_days * self.layout.grid.mask.size
+        total = self.missing_bytes(())
         return "\n".join(
             (
                 f"{len(self.daily.forcing)} variables over {self.layout.period} in {len(self.layout.blocks)} "
@@ -106,7 +112,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
         A handle, or None if there is nothing to do.
 
     Raises:
-        H2mvError: something else is there, workers are too small, or the job runs already.
+        H2mvError: something else is there, workers or the disk are too small, or the job runs already.
     """
     from h2mv_dist.jobs.training import job_id
 
@@ -114,6 +120,8 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     _refuse_input(plan, to)
     require_workers(client, 1, "prepare")
     _require_memory(client, plan)
+    left = plan.missing_bytes(store.done())
+    require_disk("prepared store", to, left, "fewer days with data.period")
     _log.info("%s: %s", displayed(to), plan.summary())
     _tell_what_is_left_out(plan)
     _warn_of_split_chunks(plan)

@@ -6,6 +6,7 @@ A tile of a cube and :func:`h2mv_dist.run` use the same code. Outputs are [membe
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from h2mv_dist.io.source import Source
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.model.base import Batch, Result, State
 from h2mv_dist.model.ensemble import Ensemble
-from h2mv_dist.spec import Float32Array, ModelSpec
+from h2mv_dist.model.transfer import Transfer
+from h2mv_dist.spec import Budget, Float32Array, ModelSpec
 
 PART_DAYS: Final = 64
 """Days that go through a model at once, so that what it remembers of each stays small (and in caches): whole
@@ -138,6 +140,7 @@ class TileSimulation:
         land = source.grid.mask[tile.slices]
         self.static = torch.from_numpy(source.read_static(tile)[land])
         self.forcing: TileForcing | None = None
+        self.transfer = Transfer(ensemble.device)
 
     def start(self) -> Carried:
         """After the spin-up, from empty stores."""
@@ -198,11 +201,15 @@ class TileSimulation:
                 found = result.daily[self.spec.anomalies.get(name, name)]
                 if name in carried.references:
                     found = found - carried.references[name][part.member].unsqueeze(1)
-                values[part.member, part.days] = found.T.cpu().numpy()
+                self.transfer.bring([found.T], partial(_fill, values[part.member, part.days]))
             for name, once in static.items():
-                once[part.member] = result.static[name].cpu().numpy()
-            if self.spec.budget is not None:
-                residuals.append(_residual(self.spec, part.before, result))
+                self.transfer.bring([result.static[name]], partial(_fill, once[part.member]))
+            if (budget := self.spec.budget) is not None:
+                terms = [result.daily[name].T for name in budget.terms]
+                stores = [part.before[self.spec.state.index(name)] for name in budget.states]
+                self.transfer.bring(
+                    [*terms, *stores], lambda found: residuals.append(_residual(budget, found))
+                )
 
         state = self._run(batch, carried.state, keep)
         sums, months = self._months(block, daily, carried.sums)
@@ -228,13 +235,16 @@ class TileSimulation:
 
     def _run(self, batch: Batch, state: State, receive: _Receive) -> State:
         """Run a block, some of its days at a time."""
-        for first in range(0, batch.n_days, PART_DAYS):
-            days, before = slice(first, min(first + PART_DAYS, batch.n_days)), state
+        firsts = range(0, batch.n_days, PART_DAYS)
+        parts = [slice(first, min(first + PART_DAYS, batch.n_days)) for first in firsts]
+        ahead = self.transfer.ahead(batch.days(days.start, days.stop) for days in parts)
+        for piece, days in zip(ahead, parts, strict=True):
+            before = state
 
             def take(member: int, result: Result, days: slice = days, before: State = before) -> None:
                 receive(_Part(member, days, tuple(part[member] for part in before)), result)
 
-            state = self.ensemble.run(batch.days(days.start, days.stop), state, take)
+            state = self.ensemble.run(piece, state, take)
         return state
 
 
@@ -252,12 +262,16 @@ def constants_of(ensemble: Ensemble, source: Source, names: Sequence[str]) -> di
     return {name: np.stack([r.constants[name].cpu().numpy() for r in results]) for name in names}
 
 
-def _residual(spec: ModelSpec, before: State, result: Result) -> float:
-    budget = spec.budget
-    assert budget is not None, "asked for by a model that has one"
-    daily = {name: result.daily[name].T.double().cpu().numpy() for name in budget.terms}
-    parts = [before[spec.state.index(name)].double().cpu().numpy() for name in budget.states]
-    return budget.residual(daily, np.sum(parts, axis=0))
+def _residual(budget: Budget, found: Sequence[torch.Tensor]) -> float:
+    """From a budget's terms, each [time, cell], and the stores of the state before, each [cell]."""
+    values = [tensor.double().numpy() for tensor in found]
+    n_terms = len(budget.terms)
+    daily = dict(zip(budget.terms, values[:n_terms], strict=True))
+    return budget.residual(daily, np.sum(values[n_terms:], axis=0))
+
+
+def _fill(into: Float32Array, found: Sequence[torch.Tensor]) -> None:
+    into[...] = found[0].numpy()
 
 
 def _nothing(_part: _Part, _result: Result) -> None:

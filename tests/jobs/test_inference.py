@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 import xarray as xr
 from distributed import Client
 
-from h2mv_dist.config import Settings, to_json
+from h2mv_dist import cli
+from h2mv_dist.config import Settings, load, to_json
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
@@ -304,11 +306,50 @@ def test_a_cube_that_cannot_fit_on_the_disk_is_refused_before_anything_is_writte
     handle = start_inference(client, planned, job, cube, NO_OPTIONS)
     assert handle is not None
     handle.wait()
-    assert "tiles of the cube that are missing take" in caplog.text
+    assert "what is missing of the cube takes" in caplog.text
     assert f"{cube}: {planned.summary()}" in caplog.messages
     leave(0)
     planned = plan_inference(settings, job, NO_OPTIONS, cube=cube)
     assert start_inference(client, planned, job, cube, NO_OPTIONS) is None, "nothing is missing"
+
+
+def test_a_plan_refuses_what_cannot_fit(
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings, file = small_settings(world_url, cache), tmp_path / "settings.toml"
+    chosen, model = settings.inference, settings.model
+    file.write_text(
+        f'[data]\nurl = "{world_url}"\n[cluster]\nkind = "local"\n'
+        f"[model]\nhidden = {model.hidden}\nencoder = {model.encoder}\ncondensed = {model.condensed}\n"
+        f"[inference]\ntile = {list(chosen.tile)}\nshard = {list(chosen.shard)}\n"
+        f"chunk = {list(chosen.chunk)}\nshard_days = 300\nchunk_days = 100\n"
+    )
+
+    def planned_with(*settings: str) -> tuple[int, str, str]:
+        command = ["infer", str(file), "--job", job, "--cube", str(tmp_path / "cube.zarr"), "--plan"]
+        monkeypatch.setattr("sys.argv", ["h2mv-dist", *command, *(w for s in settings for w in ("--set", s))])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    plan = plan_inference(load(file)[0], job, NO_OPTIONS)
+    shorter = replace(plan, layout=replace(plan.layout, shard_days=200))
+    code, said, refused = planned_with(f"cluster.memory_limit='{shorter.tile_bytes()}B'")
+    assert (code, "memory:" in said) == (2, True)
+    assert "does not fit into a worker" in refused
+    assert "set inference.shard_days = 200, or start larger workers" in refused
+    assert planned_with(f"cluster.memory_limit='{plan.tile_bytes()}B'")[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    code, _, refused = planned_with()
+    assert code == 2
+    assert "the cube does not fit on the disk" in refused
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_tiles_that_cut_chunks_of_the_forcing_are_told(

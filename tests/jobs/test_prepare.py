@@ -3,6 +3,7 @@
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -334,6 +335,32 @@ def test_days_that_do_not_fit_into_a_worker_are_refused(
     with pytest.raises(JobError, match=r"do not fit into a worker(.|\n)*30 days(.|\n)*prepare.shard_days"):
         start_prepare(client, plan, str(tmp_path / "to"), NO_OPTIONS)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_store_that_cannot_fit_on_the_disk_is_refused_before_anything_is_written(
+    client: Client,
+    world_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan, to = plan_prepare(settings_of(world_url), NO_OPTIONS), str(tmp_path / "new" / "to.zarr")
+    days, *shape = plan.layout.period.n_days, *plan.layout.grid.shape
+    needed = plan.missing_bytes(())
+    assert needed == 4 * len(FORCING) * days * shape[0] * shape[1]
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    leave(needed // 11)
+    with pytest.raises(StoreError, match=r"prepared store does not fit on the disk(.|\n)*data.period"):
+        start_prepare(client, plan, to, NO_OPTIONS)
+    assert not any(tmp_path.iterdir())
+    leave(needed // 5)
+    run(client, plan, to)
+    assert "what is missing of the prepared store takes" in caplog.text
+    leave(0)
+    assert start_prepare(client, plan, to, NO_OPTIONS) is None, "nothing is missing"
 
 
 def test_input_chunks_that_are_cut_are_told(
