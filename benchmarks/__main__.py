@@ -19,9 +19,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--resolution", type=float, default=1.0, help="degrees of the world of io")
     parser.add_argument("--years", type=int, default=1, help="years of the world of io")
+    parser.add_argument("--compression", choices=("zstd", "blosc"), default="zstd", help="of the cube of io")
     chosen = parser.parse_args()
     long: dict[str, Callable[[], None]] = {
-        "io": lambda: object_store.main(chosen.quick, chosen.resolution, chosen.years),
+        "io": lambda: object_store.main(chosen.quick, chosen.resolution, chosen.years, chosen.compression),
         "memory": lambda: memory.main(chosen.quick),
         "stores": lambda: stores.main(chosen.quick),
     }

@@ -47,8 +47,11 @@ from h2mv_dist.model.truth import true_model
 from tests.seaweed import S3Server, running_server
 
 WORKERS: Final = 2
-TILE: Final = 18
-"""Cells along each edge: three chunks of the published layout, and a divisor of the globe's degrees."""
+TILE: Final = 36
+"""Cells along each edge: six chunks of the published layout, and a divisor of the globe's degrees."""
+SHARD_DAYS: Final = 366
+"""A year in a shard: few members make few bytes, and small objects cost as many requests as large ones."""
+SERVER_MEMORY: Final = "1GiB"
 _COUNTED: Final = re.compile(r'SeaweedFS_s3_(\w+)\{bucket="([^"]+)"[^}]*\} (\S+)')
 
 
@@ -80,16 +83,16 @@ class Work:
         return plan_inference(settings, self.job, StorageOptions(self.options))
 
 
-def main(quick: bool = False, resolution: float = 1.0, years: int = 1) -> None:
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
-        measure(server, 5.0 if quick else resolution, years)
+def main(quick: bool = False, resolution: float = 1.0, years: int = 1, compression: str = "zstd") -> None:
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), SERVER_MEMORY) as server:
+        measure(server, 5.0 if quick else resolution, years, compression)
 
 
-def measure(server: S3Server, resolution: float, years: int) -> None:
+def measure(server: S3Server, resolution: float, years: int, compression: str) -> None:
     data, output = server.new_bucket(), server.new_bucket()
     world = f"{data}/world.zarr"
     made = make_world(world, resolution=resolution, years=years, seed=0, options=server.options)
-    settings, job, cube = _settings(world), f"{output}/job", f"{output}/cube.zarr"
+    settings, job, cube = _settings(world, compression), f"{output}/job", f"{output}/cube.zarr"
     _write_members(settings, job, server.options)
     work = Work(to_json(settings), job, cube, f"{output}/raw.zarr", server.options.reveal())
     planned = work.plan()
@@ -136,9 +139,10 @@ def _timed() -> Iterator[_Clock]:
     clock.seconds = time.perf_counter() - started
 
 
-def _settings(world: str) -> Settings:
+def _settings(world: str, compression: str) -> Settings:
     box = [TILE, TILE]
-    inference = {"tile": box, "shard": box, "chunk": [TILE // 2] * 2}
+    inference: dict[str, Any] = {"tile": box, "shard": box, "chunk": [TILE // 2] * 2}
+    inference |= {"shard_days": SHARD_DAYS, "chunk_days": SHARD_DAYS // 3, "compression": compression}
     return validate({"data": {"url": world}, "inference": inference}, where="benchmark")
 
 
@@ -158,6 +162,9 @@ def _warm_up() -> None:
     """Import what a tile needs, as on a worker that has been there for a while."""
     import h2mv_dist.io.s3
     import h2mv_dist.jobs.tiles  # noqa: F401
+    from h2mv_dist.jobs.memory import keep_freed_memory
+
+    keep_freed_memory()
 
 
 # -------------------- (a) compute alone

@@ -59,8 +59,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[S3Server]:
-    """SeaweedFS on free ports of 127.0.0.1, stopped by its own process id; its files are in ``folder``."""
+def running_server(folder: Path, memory: str = "256MiB") -> Iterator[S3Server]:
+    """SeaweedFS on free ports of 127.0.0.1, stopped by its own process id; its files are in ``folder``.
+
+    ``memory`` is what its garbage collector aims at.
+    """
     port, metrics_port = free_port(), free_port()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -68,7 +71,7 @@ def running_server(folder: Path) -> Iterator[S3Server]:
             stdout=log,
             stderr=subprocess.STDOUT,
             # every bucket takes volumes of its own: one at a time, not seven
-            env={**os.environ, "GOMEMLIMIT": "256MiB", "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
+            env={**os.environ, "GOMEMLIMIT": memory, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
         )
         try:
             endpoint = f"http://127.0.0.1:{port}"

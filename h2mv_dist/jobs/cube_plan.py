@@ -20,7 +20,7 @@ from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.simulation import PART_DAYS
+from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
 from h2mv_dist.model.h2mv import GATE_DAYS
 from h2mv_dist.model.registry import model_kind
@@ -28,8 +28,9 @@ from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
-FIRST_USE_BYTES: Final = 56 * 2**20
-"""What torch, zarr and the clients of an object store take when they are first used, whatever the tile."""
+FIRST_USE_BYTES: Final = 88 * 2**20
+"""What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and what
+is lost between arrays; measured."""
 NUMBERS: Final = 1
 """Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
 then not continued. Versions of packages are recorded, but do not matter."""
@@ -82,19 +83,21 @@ class CubePlan:
         forcing = TileForcing(self.source, tile, self.layout.period, layout.shard_days).n_bytes
         # as read, in the models, stacked, and what a pass makes of them
         weights = 4 * sum(t.nbytes for checkpoint in self.checkpoints for t in checkpoint.tensors.values())
-        # of one member: gates of some days, as a product, with what is constant, and those before; today's
-        gates = (3 * GATE_DAYS + 3) * cells * 4 * self.settings.model.hidden
+        # of one member: gates of some days, as a product, with what is constant, and those before; today's,
+        # and what a day makes of them
+        at_once = min(cells, PART_CELLS)
+        gates = (4 * GATE_DAYS + 8) * at_once * 4 * self.settings.model.hidden
         # of one member and part: days one by one and joined, the member before, the budget in float64; with a
         # GPU these are on it, and on the host are pinned copies of two parts, of all members, instead
-        part = 3 * min(PART_DAYS, days) * cells * len(self.spec.daily)
+        part = 3 * min(PART_DAYS, days) * at_once * len(self.spec.daily)
         # of all members: what is computed, and the block before, which is being written
         values = 2 * members * days * cells * len(layout.daily)
         # of a variable that is to be written: its deviations in float64
         spread = 0 if layout.member_axis else 2 * members * days * cells
         # sums over the month, float64, and the means of one that ends
         values += 3 * members * cells * len(layout.monthly)
-        # of each array that is being written: its box with sea, its chunks, these coded, joined and sent
-        written = 5 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
+        # of each array that is being written: its box with sea, its chunks, these coded, joined or sent
+        written = 4 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
         return FIRST_USE_BYTES + forcing + weights + FLOAT_BYTES * (gates + part + values + spread + written)
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:

@@ -8,9 +8,9 @@ _MMAP_THRESHOLD: Final = -3
 _ARENA_MAX: Final = -8
 """Numbers of glibc's settings of these names (malloc.h)."""
 
-KEPT_BYTES: Final = 16 * 2**20
+KEPT_BYTES: Final = 4 * 2**20
 """What each arena keeps of what was freed."""
-LARGE_BYTES: Final = 4 * 2**20
+LARGE_BYTES: Final = 1 * 2**20
 """Arrays from this size on are mapped one by one, so that they leave no holes; smaller ones come each day."""
 _ARENAS: Final = 2
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
+from itertools import product
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from h2mv_dist.spec import Budget, Float32Array, ModelSpec
 PART_DAYS: Final = 64
 """Days that go through a model at once, so that what it remembers of each stays small (and in caches): whole
 multiples of the days for which a model prepares its products together."""
+PART_CELLS: Final = 512
+"""Cells that go through a model at once on a CPU, for the same reason; a GPU takes all of a tile."""
 _REFERENCE: Final = "reference/"
 _STATE: Final = "state/"
 _SUM: Final = "sum/"
@@ -104,15 +107,17 @@ class Days:
 
 
 class _Part(NamedTuple):
-    """Some days of a block, of one member.
+    """Some days of a block over some cells of a tile, of one member.
 
     Attributes:
         member: which one.
+        cells: positions in the tile.
         days: positions in the block.
-        before: the member's state when they begin.
+        before: the member's state of these cells when the days begin.
     """
 
     member: int
+    cells: slice
     days: slice
     before: State
 
@@ -175,7 +180,7 @@ class TileSimulation:
                 chosen = inside[part.days]
                 for name, store in wanted.items():
                     found = result.daily[store][:, chosen]
-                    sums[name][part.member] += found.sum(dim=1, dtype=torch.float64)
+                    sums[name][part.member, part.cells] += found.sum(dim=1, dtype=torch.float64)
 
             state = self._run(batch, state, add)
         return {name: (s / baseline.n_days).float() for name, s in sums.items()}
@@ -200,10 +205,10 @@ class TileSimulation:
             for name, values in daily.items():
                 found = result.daily[self.spec.anomalies.get(name, name)]
                 if name in carried.references:
-                    found = found - carried.references[name][part.member].unsqueeze(1)
-                self.transfer.bring([found.T], partial(_fill, values[part.member, part.days]))
+                    found = found - carried.references[name][part.member, part.cells].unsqueeze(1)
+                self.transfer.bring([found.T], partial(_fill, values[part.member, part.days, part.cells]))
             for name, once in static.items():
-                self.transfer.bring([result.static[name]], partial(_fill, once[part.member]))
+                self.transfer.bring([result.static[name]], partial(_fill, once[part.member, part.cells]))
             if (budget := self.spec.budget) is not None:
                 terms = [result.daily[name].T for name in budget.terms]
                 stores = [part.before[self.spec.state.index(name)] for name in budget.states]
@@ -234,18 +239,41 @@ class TileSimulation:
         return going_on, ended
 
     def _run(self, batch: Batch, state: State, receive: _Receive) -> State:
-        """Run a block, some of its days at a time."""
-        firsts = range(0, batch.n_days, PART_DAYS)
-        parts = [slice(first, min(first + PART_DAYS, batch.n_days)) for first in firsts]
-        ahead = self.transfer.ahead(batch.days(days.start, days.stop) for days in parts)
-        for piece, days in zip(ahead, parts, strict=True):
-            before = state
+        """Run a block, some of its days over some of its cells at a time."""
+        at_once = PART_CELLS if self.ensemble.device.type == "cpu" else batch.n_cells
+        parts = list(product(even_parts(batch.n_cells, at_once), _parts(batch.n_days, PART_DAYS)))
+        pieces = (batch.cells(*_ends(cells)).days(*_ends(days)) for cells, days in parts)
+        after: list[State] = []
+        for piece, (cells, days) in zip(self.transfer.ahead(pieces), parts, strict=True):
+            before = tuple(values[:, cells] for values in state) if days.start == 0 else after.pop()
 
-            def take(member: int, result: Result, days: slice = days, before: State = before) -> None:
-                receive(_Part(member, days, tuple(part[member] for part in before)), result)
+            def take(
+                member: int, result: Result, cells: slice = cells, days: slice = days, before: State = before
+            ) -> None:
+                receive(_Part(member, cells, days, tuple(values[member] for values in before)), result)
 
-            state = self.ensemble.run(piece, state, take)
-        return state
+            after.append(self.ensemble.run(piece, before, take))
+        return tuple(torch.cat(values, dim=1) for values in zip(*after, strict=True))
+
+
+def even_parts(n_items: int, at_most: int) -> list[slice]:
+    """As few parts as may be, of nearly the same size.
+
+    >>> even_parts(10, 4)
+    [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
+    >>> even_parts(9, 8)
+    [slice(0, 5, None), slice(5, 9, None)]
+    """
+    n_parts = -(-n_items // at_most)
+    return _parts(n_items, -(-n_items // n_parts))
+
+
+def _parts(n_items: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, n_items)) for first in range(0, n_items, size)]
+
+
+def _ends(part: slice) -> tuple[int, int]:
+    return part.start, part.stop
 
 
 def _months_of(block: Period) -> tuple[Period, ...]:

@@ -13,6 +13,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from h2mv_dist.config import StorageOptions
+from tests.conftest import Place
+
 CATCHMENTS: Final = ("camelsch_4001", "camelses_1414", "camelslx_054")
 PERIOD: Final = slice("2000-01-02", "2020-09-30")
 STATIC: Final = ("precipitation_mean", "wet_days", "heavy_precipitation")
@@ -41,7 +44,7 @@ def write_catchments(data: Path, url: str) -> None:
         lon=("cell", attributes["gauge_lon"].to_numpy(), {"standard_name": "longitude"}),
         area=("cell", attributes["area"].to_numpy(), {"standard_name": "cell_area", "units": "km2"}),
     )
-    _write(store, url)
+    _write(store, Place(url, StorageOptions()))
 
 
 def observed_streamflow(url: str) -> xr.DataArray:
@@ -51,14 +54,14 @@ def observed_streamflow(url: str) -> xr.DataArray:
     return streamflow
 
 
-def write_nldas(data: Path, url: str) -> None:
+def write_nldas(data: Path, place: Place) -> None:
     """The grid as it is: latitudes descending at irregular distances, NaN over the sea, a mask."""
     with xr.open_dataset(data / "nldas2_conus_412cells_daily_20150401_20180331.nc") as file:
         daily = file[[v["name"] for v in NLDAS_VARIABLES.values()]].load()
     daily = daily.transpose("time", "lat", "lon")
     climate = _climate(daily["precip"], "lat", "lon")
     land = daily["precip"].notnull().any("time").astype(np.int8)
-    _write(xr.Dataset({**daily.data_vars, **climate, "land": land}), url)
+    _write(xr.Dataset({**daily.data_vars, **climate, "land": land}), place)
 
 
 def _read_catchments(folder: Path) -> dict[str, xr.DataArray]:
@@ -106,6 +109,7 @@ def _climate(precipitation: xr.DataArray, *dims: str) -> dict[str, xr.DataArray]
     return {name: f.transpose(*dims) for name, f in zip(STATIC, features, strict=True)}
 
 
-def _write(store: xr.Dataset, url: str) -> None:
+def _write(store: xr.Dataset, place: Place) -> None:
     plain = store.drop_encoding().astype(np.float32, keep_attrs=True)
-    plain.to_zarr(url, mode="w", zarr_format=3, consolidated=False)
+    options = place.options.get("s3")
+    plain.to_zarr(place.url, mode="w", zarr_format=3, consolidated=False, storage_options=options)

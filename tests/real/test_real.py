@@ -12,10 +12,13 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, validate
+from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.jobs.cluster import connect
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
+from h2mv_dist.model.h2mv import SPEC
+from tests.conftest import Place, S3Server
 from tests.real.stores import (
     CATCHMENT_VARIABLES,
     CATCHMENTS,
@@ -115,8 +118,8 @@ def settings_for(data: dict[str, Any], inference: dict[str, Any], folder: Path) 
     return validate(tree, where="test")
 
 
-def infer(client: Client, settings: Settings, job: JobFolder, cube: Path) -> None:
-    handle = submit_inference(client, settings, job.url, str(cube), NO_OPTIONS)
+def infer(client: Client, settings: Settings, job: JobFolder, cube: Place) -> None:
+    handle = submit_inference(client, settings, job.url, cube.url, cube.options)
     assert handle is not None
     handle.wait()
 
@@ -136,7 +139,8 @@ def test_validation_loss_is_halved(job: JobFolder) -> None:
 def test_streamflow_of_the_catchment_left_out(
     client: Client, catchments: str, job: JobFolder, folder: Path
 ) -> None:
-    infer(client, catchment_settings(catchments, folder), job, folder / "catchments-cube.zarr")
+    cube_place = Place(str(folder / "catchments-cube.zarr"), NO_OPTIONS)
+    infer(client, catchment_settings(catchments, folder), job, cube_place)
     observed = observed_streamflow(catchments)
     with xr.open_zarr(folder / "catchments-cube.zarr") as cube:
         assert cube["runoff"].dims == ("member", "time", "cell")
@@ -161,18 +165,21 @@ def skill(simulated: Floats, observed: Floats) -> tuple[float, float, int]:
 
 
 def test_the_budget_closes_in_a_cube_over_a_real_grid(
-    client: Client, data: Path, job: JobFolder, folder: Path
+    client: Client, data: Path, job: JobFolder, folder: Path, s3_server: S3Server, s3_bucket: str
 ) -> None:
-    grid = str(folder / "nldas.zarr")
+    """From an S3 server, and onto it."""
+    grid = Place(f"{s3_bucket}/nldas.zarr", s3_server.options)
+    stored = Place(f"{s3_bucket}/nldas-cube.zarr", s3_server.options)
+    plain = dict(s3_server.options["s3"])
     write_nldas(data, grid)
-    where = {"url": grid, "layout": "cf", "static": STATIC, "variables": NLDAS_VARIABLES}
+    where = {"url": grid.url, "layout": "cf", "static": STATIC, "variables": NLDAS_VARIABLES}
     tiles = {"tile": [10, 20], "shard": [10, 20], "chunk": [5, 10], "spinup_days": 365}
     settings = settings_for({**where, "mask": {"name": "land"}}, tiles, folder)
-    infer(client, settings, job, folder / "nldas-cube.zarr")
-    with xr.open_zarr(grid, consolidated=False) as store:
+    infer(client, settings, job, stored)
+    with xr.open_zarr(grid.url, consolidated=False, storage_options=plain) as store:
         land = store["land"].values.astype(bool)
         lat = store["lat"].values
-    with xr.open_zarr(folder / "nldas-cube.zarr") as cube:
+    with xr.open_zarr(stored.url, storage_options=plain) as cube:
         assert np.array_equal(cube["lat"].values, lat)
         assert land.sum() == 412
         for name, array in cube.isel(member=0).data_vars.items():
@@ -190,6 +197,10 @@ def test_the_budget_closes_in_a_cube_over_a_real_grid(
     print("means on land (mm d-1; storage mm):", {n: round(float(np.nanmean(member[n])), 3) for n in BUDGET})
     assert residual.shape == (1095, 412)
     assert (residual <= tolerance).all()
+    found = verify_cube(stored.url, stored.options, budget=SPEC.budget)
+    print(f"verify-cube: {len(found.sound)} receipts, budget residual {found.residual:.2e} mm")
+    assert found.complete
+    assert found.residual == pytest.approx(residual.max(), rel=1e-6)
 
 
 def budget_residual(cube: xr.Dataset) -> Floats:
