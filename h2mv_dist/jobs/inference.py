@@ -24,7 +24,7 @@ from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
 from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.stores import displayed, local_path
-from h2mv_dist.jobs.cluster import require_workers
+from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
@@ -176,15 +176,14 @@ def _possible_starts(
 
 
 def _require_memory(client: Client, planned: CubePlan) -> None:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    limit = smallest_memory(client)
     needed = planned.tile_bytes()
-    if limits and needed > min(limits):
+    if limit is not None and needed > limit:
         raise JobError(
             describe(
                 "a tile does not fit into a worker",
                 where="inference.tile and inference.shard_days",
-                expected=f"at most {format_bytes(min(limits))}, the smallest worker's limit",
+                expected=f"at most {format_bytes(limit)}, the smallest worker's limit",
                 actual=f"about {format_bytes(needed)} for the largest tile",
                 fix="choose smaller tiles or fewer inference.shard_days, or start larger workers",
             )

@@ -145,7 +145,7 @@ def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
     Raises:
         JobError: nothing does.
     """
-    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare"))
+    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare", "compact"))
     cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
     if not cancelled:
         raise JobError(
