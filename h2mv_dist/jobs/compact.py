@@ -11,7 +11,7 @@ The copy counts the rollbacks of the cube it is from as its own, each moved to w
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from math import prod
@@ -191,9 +191,17 @@ def run_compact_unit(message: Message) -> None:
         finish_copy(context)
     else:
         tile = Tile(tuple(message["start"]), tuple(message["stop"]))
-        for block in message["blocks"]:
-            context.copy.copy(tile, Period.parse(block))
+        for block in _left(context.copy.ledger, tile, message["blocks"]):
+            context.copy.copy(tile, block)
     report(message, event="compacted", seconds=round(time.monotonic() - started, 3))
+
+
+def _left(ledger: Ledger, tile: Tile, blocks: Sequence[str]) -> Iterator[Period]:
+    """The shards of a tile that an earlier attempt did not copy."""
+    covered = ledger.covered(tile.name).get(tile.name, ())
+    for block in map(Period.parse, blocks):
+        if gaps(covered, block):
+            yield block
 
 
 @dataclass(frozen=True, slots=True)

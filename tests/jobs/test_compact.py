@@ -22,13 +22,15 @@ from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, Receipt, ended_months
 from h2mv_dist.io.netcdf import select
 from h2mv_dist.io.sink import DamagedError, Sink, StoredValues
+from h2mv_dist.io.stores import put_object
 from h2mv_dist.jobs import compact
 from h2mv_dist.jobs.compact import CompactPlan, plan_compact, start_compact
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import Float32Array
-from tests.io.cubes import map_layout
+from tests.conftest import S3Server
+from tests.io.cubes import basin_grid, map_layout
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.test_growth import infer, objects, until
 
@@ -153,12 +155,30 @@ def test_a_copy_holds_the_same_and_grows_with_the_cube(client: Client, cube: Pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"members_as": "both", "rounded": ("runoff",)}, {"members": (5,)}, {"daily": ("runoff",)}]
+    "changes",
+    [
+        {"members_as": "both", "rounded": ("runoff",)},
+        {"members": (5,), "static": (), "constants": ()},
+        {"grid": basin_grid(), "chunk": (1,), "shard": (2,), "tile": (4,), "members_as": "all"},
+    ],
+    ids=["both", "one member", "basins"],
 )
 def test_whatever_a_cube_holds(tmp_path: Path, client: Client, changes: dict[str, Any]) -> None:
     fill(tmp_path / "cube.zarr", layout_of(10, **changes))
-    run(client, tmp_path / "cube.zarr", tmp_path / "long.zarr", **CUT)
+    run(client, tmp_path / "cube.zarr", tmp_path / "long.zarr", shard_days=8)
     require_copy(tmp_path / "cube.zarr", tmp_path / "long.zarr", 8)
+
+
+@pytest.mark.slow
+def test_from_and_to_an_object_store(client: Client, made: Path, s3_server: S3Server, s3_bucket: str) -> None:
+    folder, options = f"{s3_bucket}/compact", s3_server.options
+    for file in (path for path in made.rglob("*") if path.is_file()):
+        put_object(f"{folder}/{file.relative_to(made)}", file.read_bytes(), options)
+    plan = plan_compact(f"{folder}/cube.zarr", f"{folder}/long.zarr", options, **CUT)
+    start_compact(client, plan, options).wait()
+    found = verify_cube(f"{folder}/long.zarr", options)
+    assert found.complete
+    assert len(found.sound) == 2 * 4
 
 
 def test_an_interrupted_copy_goes_on(client: Client, cube: Path, target: Path, tmp_path: Path) -> None:
@@ -176,6 +196,7 @@ def test_an_interrupted_copy_goes_on(client: Client, cube: Path, target: Path, t
     again = plan_compact(str(cube), str(target), NO_OPTIONS)
     assert [len(blocks) for blocks in again.missing.values()] == [2, *[4] * (len(plan.layout.tiles) - 1)]
     for tile, blocks in again.missing.items():
+        assert list(compact._left(copy.ledger, tile, [str(b) for b in plan.missing[tile]])) == list(blocks)
         for block in blocks:
             copy.copy(tile, block)
     assert not run(client, cube, target).missing, "the last unit alone is left"
@@ -362,7 +383,15 @@ def test_inference_does_not_fill_a_copy(client: Client, cube: Path, target: Path
 
 
 @pytest.mark.slow
-def test_real_days(client: Client, world_url: str, cache: Path, job: str, tmp_path: Path) -> None:
+def test_real_days(
+    client: Client,
+    world_url: str,
+    cache: Path,
+    job: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     cube, target = tmp_path / "cube.zarr", tmp_path / "long.zarr"
     infer(client, until(6, world_url, cache), job, cube)
     run(client, cube, target, shard_days=2, chunk=(9, 9))
@@ -374,3 +403,14 @@ def test_real_days(client: Client, world_url: str, cache: Path, job: str, tmp_pa
     part = select(str(target), NO_OPTIONS, variables=("runoff",))
     with xr.open_zarr(cube, chunks=None) as theirs:
         np.testing.assert_array_equal(part["runoff"].values, theirs["runoff"].values[:6])
+    next(p for p in (target / "runoff" / "c" / "1").rglob("*") if p.is_file()).unlink()
+    address = client.scheduler_info()["address"]
+    monkeypatch.setattr(
+        "sys.argv", ["h2mv-dist", "verify-cube", str(target), "--repair", "--address", address]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "h2mv-dist compact then extends this one, and writes anew" in capsys.readouterr().err
+    run(client, cube, target)
+    assert verify_cube(str(target), NO_OPTIONS).complete
