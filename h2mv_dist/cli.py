@@ -1,7 +1,7 @@
 """The command line: parse, load settings, call one job.
 
 Exit codes: 0 done, 1 a comparison failed (``verify``, ``verify-cube``), 2 wrong input or a failed job,
-75 nothing to append yet (EX_TEMPFAIL: a timer may try again), 130 Ctrl-C, 143 SIGTERM.
+75 nothing to append or compact yet (EX_TEMPFAIL: a timer may try again), 130 Ctrl-C, 143 SIGTERM.
 """
 
 import json
@@ -244,6 +244,49 @@ def prepare(
 
 
 @app.command()
+def compact(
+    cube: Annotated[str, typer.Argument(help="Cube with short shards of days (URL).", callback=_place)],
+    target: Annotated[
+        str,
+        typer.Argument(help="Zarr store for the copy (URL); resumed or extended if there.", callback=_place),
+    ],
+    shard_days: Annotated[
+        int | None,
+        typer.Option(min=1, help="Days of a shard, a multiple of the cube's; 360 if the copy is new."),
+    ] = None,
+    chunk_days: Annotated[
+        int | None, typer.Option(min=1, help="Days of a chunk; at most 120 if the copy is new.")
+    ] = None,
+    chunk: Annotated[
+        str | None, typer.Option(help="Cells of a chunk along each spatial axis: 10,10. The cube's if new.")
+    ] = None,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Copy a cube into one with longer shards, for time series; run again to extend it, or to finish it.
+
+    Only whole shards of the copy are copied; days beyond stay in the first cube. Exit code 75 if there is
+    nothing new to copy yet.
+    """
+    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.jobs.cluster import connect, known_options
+    from h2mv_dist.jobs.compact import plan_compact, start_compact
+
+    changes = _with_address(set_, address)
+    options, settings = known_options(overridden_options(changes)), load_cluster(None, changes)
+    plan = plan_compact(
+        cube, target, options, shard_days=shard_days, chunk_days=chunk_days, chunk=_sizes(chunk)
+    )
+    console.print(plan.summary(), soft_wrap=True)
+    with connect(settings) as client:
+        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        handle = start_compact(client, plan, options)
+        with watching_tiles(console) as watch:
+            handle.wait(watch)
+    console.print(f"compacted; open it with {_opening(target)}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def export(
     job: Annotated[str, typer.Argument(help="Training job's folder (URL).")],
     metrics: Annotated[
@@ -438,6 +481,16 @@ def _fill(settings: Settings, job: str, cube: str, options: StorageOptions, *, a
         with watching_tiles(console) as watch:
             handle.wait(watch)
     console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--chunk {text}: expected whole numbers with commas between them, as 10,10"
+        ) from None
 
 
 def _print_check(found: "CubeCheck") -> None:

@@ -78,7 +78,7 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "command",
     [
-        *("world", "prepare", "train", "cancel", "infer"),
+        *("world", "prepare", "train", "cancel", "infer", "compact"),
         *("settings", "verify", "verify-cube", "demo", "cluster"),
     ],
 )

@@ -40,6 +40,9 @@ ROLLBACKS: Final = "h2mv_dist_rollbacks"
 CONSTANTS: Final = "h2mv_dist_constants_sha256"
 """Root attribute: checksum of the constants, which belong to no tile."""
 
+COMPACTED: Final = "h2mv_dist_compacted_from"
+"""Root attribute of a cube that was copied from another one: fingerprint of that one."""
+
 _COVERAGE: Final = ("time_coverage_start", "time_coverage_end")
 """First and last day of a complete cube (Attribute Convention for Data Discovery)."""
 
@@ -50,7 +53,7 @@ HORIZON_DAYS: Final = 36_525
 HORIZON_MONTHS: Final = 1200
 """Growing axes are stored for a multiple of so many steps, so that no append rewrites what a reader reads."""
 
-RECORDED: Final = ("data_url", "training_job", "settings", "versions")
+RECORDED: Final = ("data_url", "training_job", "settings", "versions", "source_cube")
 """Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
 
 MembersAs = Literal["spread", "all", "both"]

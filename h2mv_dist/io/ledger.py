@@ -56,9 +56,10 @@ class Receipt:
         static: SHA-256 of the static values, from the sink; empty where the stretch is not the cube's first.
         blocks: SHA-256 of the daily values of each time block, from the sink.
         months: SHA-256 of the means over each month that ends in the stretch.
-        forcing: SHA-256 of the forcing it was computed from.
+        forcing: SHA-256 of the forcing it was computed from; empty where the days were copied.
         missing: values on land that are not finite.
-        residual: largest gap of the water budget on any day and cell, mm; None for models without one.
+        residual: largest gap of the water budget on any day and cell, mm; None for models without one and for
+            days that were copied.
         seconds: how long it took.
     """
 

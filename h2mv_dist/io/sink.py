@@ -71,48 +71,69 @@ class Sink:
             StoreError: tile or period would write part of a shard, or the store fails.
             DataError: ``values`` have other names, shapes or types.
         """
-        return self._put(_region(self.layout, tile, period), values)
+        return self._put(_writable(self.layout, tile, period), values)
 
     def write_static(self, tile: Tile, values: Mapping[str, Float32Array]) -> str:
         """Write all static variables of one tile, each [member, cell]; see :meth:`write`."""
-        return self._put(_region(self.layout, tile, None), values)
+        return self._put(_writable(self.layout, tile), values)
 
     def write_month(self, tile: Tile, month: Period, values: Mapping[str, Float32Array]) -> str:
         """Write the means of one month of one tile, each [member, cell]; see :meth:`write`."""
-        return self._put(_month_region(self.layout, tile, month), values)
+        return self._put(_writable(self.layout, tile, month=month), values)
 
     def write_constants(self, values: Mapping[str, Float32Array]) -> str:
         """Write all constants, each [member]; see :meth:`write`."""
-        return self._put(_region(self.layout, None, None), values)
+        return self._put(_writable(self.layout), values)
+
+    def write_stored(
+        self,
+        boxes: Iterable[Float32Array],
+        *,
+        tile: Tile | None = None,
+        period: Period | None = None,
+        month: Period | None = None,
+    ) -> str:
+        """Write what the arrays of another cube hold of this part, as :meth:`StoredValues.read` gives it.
+
+        Args:
+            boxes: one for each array, sea included; taken one by one, so that few are in memory.
+            tile, period, month: the part, as for :meth:`StoredValues.checksum`.
+
+        Returns:
+            SHA-256 over the stored values; the same for the same values, however they were made.
+
+        Raises:
+            StoreError: tile or period would write part of a shard, or the store fails.
+        """
+        return self._stored(_writable(self.layout, tile, period, month), boxes)
 
     def _put(self, region: "_Region", values: Mapping[str, Float32Array]) -> str:
         _check_values(region, values, len(self.layout.members))
-        with explained(self.url, self.options):
-            return _checksum(self._written(region, values))
+        return self._stored(region, _boxes(self.layout, region, values))
 
-    def _written(self, region: "_Region", values: Mapping[str, Float32Array]) -> Iterator[Float32Array]:
+    def _stored(self, region: "_Region", boxes: Iterable[Float32Array]) -> str:
+        with explained(self.url, self.options):
+            return _checksum(self._written(region, boxes))
+
+    def _written(self, region: "_Region", boxes: Iterable[Float32Array]) -> Iterator[Float32Array]:
         """Write some arrays at a time, each handed on in its order, so that no more are in memory."""
         writing: deque[Future[None]] = deque()
         with ThreadPoolExecutor(ARRAYS_AT_ONCE, "h2mv-shards") as pool:
-            for name in region.names:
-                for array_name, reduced in _arrays(self.layout, name, values[name]):
-                    block = reduced if region.land is None else _expanded(reduced, region.land)
-                    if len(writing) == ARRAYS_AT_ONCE:
-                        writing.popleft().result()
-                    writing.append(
-                        pool.submit(self._write_array, array_name + region.suffix, region.where, block)
-                    )
-                    yield block
+            for name, box in zip(region.arrays(self.layout), boxes, strict=True):
+                if len(writing) == ARRAYS_AT_ONCE:
+                    writing.popleft().result()
+                writing.append(pool.submit(self._write_array, name, region.where, box))
+                yield box
             for array in writing:
                 array.result()
 
-    def _write_array(self, name: str, where: Where, block: Float32Array) -> None:
-        self.arrays[name][where] = block
+    def _write_array(self, name: str, where: Where, box: Float32Array) -> None:
+        self.arrays[name][where] = box
 
 
 @dataclass(frozen=True)
 class StoredValues:
-    """What a cube holds, read back to be compared with receipts."""
+    """What a cube holds, read back to be compared with receipts, or to be copied."""
 
     layout: CubeLayout
     arrays: Mapping[str, ZarrArray]
@@ -143,14 +164,26 @@ class StoredValues:
             DamagedError: what is stored does not match its own checksums.
             StoreError: the region is not made of whole shards, or cannot be read.
         """
-        if tile is not None and month is not None:
-            region = _month_region(self.layout, tile, month)
-        else:
-            region = _region(self.layout, tile, period)
-        arrays = (array for name in region.names for array in self.layout.arrays_of(name))
-        names = (array + region.suffix for array in arrays)
-        with explained(self.url, self.options):
-            return _checksum(_read(self.arrays[name], region.where, self.url) for name in names)
+        return _checksum(self._read(_writable(self.layout, tile, period, month)))
+
+    def read(
+        self, *, tile: Tile | None = None, period: Period | None = None, month: Period | None = None
+    ) -> Iterator[Float32Array]:
+        """What each array holds of a part, in the order of the layout, sea included; read one by one.
+
+        The part is named as for :meth:`checksum`; its period may be any days of the cube.
+
+        Raises:
+            DamagedError: what is stored does not match its own checksums.
+            StoreError: it cannot be read.
+        """
+        return self._read(_region(self.layout, tile, period, month))
+
+    def _read(self, region: "_Region") -> Iterator[Float32Array]:
+        for name in region.arrays(self.layout):
+            with explained(self.url, self.options):
+                box = _read(self.arrays[name], region.where, self.url)
+            yield box
 
     def budget_residual(self, tile: Tile, period: Period, budget: Budget) -> float:
         """Largest gap of the budget on the days of a period, over members and land cells, mm.
@@ -174,7 +207,7 @@ class DamagedError(StoreError):
 
 
 class _Region(NamedTuple):
-    """Part of a cube that one call writes.
+    """Part of a cube that one call writes or reads.
 
     ``where`` is the same for arrays with and without a member axis, which comes first; ``land`` is the tile's
     mask [*space]; ``packed`` the shape of its values after the member axis; ``suffix`` of the arrays' names.
@@ -186,31 +219,44 @@ class _Region(NamedTuple):
     land: BoolArray | None
     suffix: str = ""
 
+    def arrays(self, layout: CubeLayout) -> Iterator[str]:
+        """Names of the arrays, in the order of the layout."""
+        for name in self.names:
+            yield from (array + self.suffix for array in layout.arrays_of(name))
 
-def _region(layout: CubeLayout, tile: Tile | None, period: Period | None) -> _Region:
+
+def _writable(
+    layout: CubeLayout, tile: Tile | None = None, period: Period | None = None, month: Period | None = None
+) -> _Region:
+    """A part that is made of whole shards."""
+    if period is not None:
+        _check_whole_time_shard(layout, period)
+    return _region(layout, tile, period, month)
+
+
+def _region(layout: CubeLayout, tile: Tile | None, period: Period | None, month: Period | None) -> _Region:
     if tile is None:
         return _Region(layout.constants, (...,), (), None)
     _check_tile(layout, tile)
     land = layout.grid.mask[tile.slices]
     n_land = int(land.sum())
+    if month is not None:
+        index = layout.period.months().index(month)
+        return _Region(layout.monthly, (..., index, *tile.slices), (n_land,), land, MONTHLY)
     if period is None:
         return _Region(layout.static, (..., *tile.slices), (n_land,), land)
-    days = _whole_time_shard(layout, period)
+    first = period.first - layout.period.first
+    days = slice(first, first + period.n_days)
     return _Region(layout.daily, (..., days, *tile.slices), (period.n_days, n_land), land)
 
 
-def _month_region(layout: CubeLayout, tile: Tile, month: Period) -> _Region:
-    _check_tile(layout, tile)
-    land = layout.grid.mask[tile.slices]
-    index = layout.period.months().index(month)
-    return _Region(layout.monthly, (..., index, *tile.slices), (int(land.sum()),), land, MONTHLY)
-
-
-def _arrays(layout: CubeLayout, name: str, values: Float32Array) -> Iterator[tuple[str, Float32Array]]:
-    """What each array of one variable holds of its values [member, ...]."""
-    for array_name, form in layout.forms_of(name).items():
-        formed = _formed(values, form)
-        yield array_name, rounded(formed, KEPT_BITS) if name in layout.rounded else formed
+def _boxes(layout: CubeLayout, region: _Region, values: Mapping[str, Float32Array]) -> Iterator[Float32Array]:
+    """What each array of a region holds of its variable's values [member, ...]."""
+    for name in region.names:
+        for form in layout.forms_of(name).values():
+            formed = _formed(values[name], form)
+            kept = rounded(formed, KEPT_BITS) if name in layout.rounded else formed
+            yield kept if region.land is None else _expanded(kept, region.land)
 
 
 def _formed(values: Float32Array, form: Form) -> Float32Array:
@@ -307,12 +353,12 @@ def _check_tile(layout: CubeLayout, tile: Tile) -> None:
     )
 
 
-def _whole_time_shard(layout: CubeLayout, period: Period) -> slice:
-    """Position of ``period`` on the time axis, if it is exactly one shard long or the rest of the cube."""
+def _check_whole_time_shard(layout: CubeLayout, period: Period) -> None:
+    """Make sure that ``period`` is exactly one shard long, or the rest of the cube."""
     first = period.first - layout.period.first
     rest = layout.period.n_days - first
     if first >= 0 and first % layout.shard_days == 0 and period.n_days == min(layout.shard_days, rest):
-        return slice(first, first + period.n_days)
+        return
     raise StoreError(
         describe(
             f"period would write part of a shard: {ONE_OWNER}",

@@ -291,6 +291,11 @@ def displayed(url: str) -> str:
     return _USER_INFO.sub("***@", url)
 
 
+def public(url: str) -> str:
+    """``url`` without what may be a secret: user, password, and the signature of a signed one."""
+    return displayed(url).partition("?")[0] if "://" in url else url
+
+
 class _NoReadBack(WrapperStore[Store]):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None

@@ -366,6 +366,12 @@ def require_workers(client: Client, ranks: int, setting: str) -> None:
         )
 
 
+def smallest_memory(client: Client) -> int | None:
+    """Memory limit of the smallest worker, bytes; None where there is no limit."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return min((worker["memory_limit"] for worker in workers if worker["memory_limit"]), default=None)
+
+
 def known_options(from_settings: StorageOptions) -> StorageOptions:
     """Storage options of the settings, over those of Dask's configuration (``h2mv_dist.storage_options``).
 

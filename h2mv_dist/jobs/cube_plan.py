@@ -11,13 +11,13 @@ from typing import Any, Final
 from dask.utils import format_bytes
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, validate
-from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, describe
+from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
-from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress, projected_bytes
+from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, projected_bytes
 from h2mv_dist.io.cube_store import differences, find_cube
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
-from h2mv_dist.io.stores import displayed
+from h2mv_dist.io.stores import displayed, public
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
@@ -29,8 +29,8 @@ from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
 FIRST_USE_BYTES: Final = 88 * 2**20
-"""What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and what
-is lost between arrays; measured."""
+"""What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and
+what is lost between arrays; measured."""
 NUMBERS: Final = 1
 """Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
 then not continued. Versions of packages are recorded, but do not matter."""
@@ -136,6 +136,8 @@ def plan_inference(
         H2mvError: anything that does not fit together.
     """
     known = find_cube(cube, options) if cube else None
+    if known and COMPACTED in known and (append or not settings.inference.overwrite):
+        raise _filled_by_compact(cube, known)
     return _plan(settings, training_folder, options, known, append=append, until=None)
 
 
@@ -189,6 +191,19 @@ def _plan(
     if known and settings.inference.overwrite and differences(known, planned(known).layout):
         return planned(None)
     return planned(known)
+
+
+def _filled_by_compact(cube: str, known: Mapping[str, str]) -> StoreError:
+    return StoreError(
+        describe(
+            "this cube is a compacted one, which h2mv-dist infer does not fill; nothing was touched",
+            where=displayed(cube),
+            expected="a cube that h2mv-dist infer created",
+            actual=f"one that was compacted from {known.get('source_cube', 'another cube')}",
+            fix="infer into that one; h2mv-dist compact then extends this one, and writes anew what "
+            "verify-cube --repair found damaged here",
+        )
+    )
 
 
 def _target(settings: Settings, available: Period, progress: Progress | None, append: bool) -> Period:
@@ -385,8 +400,8 @@ def _layout(
         shard_days=chosen.shard_days,
         attributes={
             **provenance,
-            "data_url": ", ".join(sorted({_public(handle.url) for handle in source.arrays.forcing})),
-            "training_job": _public(training_folder),
+            "data_url": ", ".join(sorted({public(handle.url) for handle in source.arrays.forcing})),
+            "training_job": public(training_folder),
             "versions": canonical_json(code_versions()),
             "settings": canonical_json(_recorded(settings)),
             FINGERPRINT: checksum(canonical_json(provenance).encode()),
@@ -406,11 +421,6 @@ def _recorded(settings: Settings) -> dict[str, Any]:
     unimportant = {"overwrite", "attempts", "keep_states"}
     whole = settings.model_dump(mode="json", include={"data": True, "model": True, "inference": True})
     return {**whole, "inference": {k: v for k, v in whole["inference"].items() if k not in unimportant}}
-
-
-def _public(url: str) -> str:
-    """A URL without what may be a secret: user, password, and the signature of a signed one."""
-    return displayed(url).partition("?")[0] if "://" in url else url
 
 
 def _chosen_outputs(wanted: tuple[str, ...] | None, spec: ModelSpec) -> tuple[str, ...]:

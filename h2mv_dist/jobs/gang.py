@@ -122,6 +122,10 @@ class Coordinator(SchedulerPlugin):
         self.jobs[new.id] = new
         for unit in new.units:
             self._queue(new, unit)
+        # at once where no other unit is left, as after an interruption just before the end
+        final = new.finish()
+        if final is not None:
+            self._queue(new, final)
         self.pump()
         return ""
 

@@ -24,7 +24,7 @@ from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
 from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.stores import displayed
-from h2mv_dist.jobs.cluster import require_workers
+from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
@@ -177,10 +177,8 @@ def _possible_starts(
 
 
 def _require_memory(client: Client, planned: CubePlan) -> None:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
-    if limits:
-        require_memory(planned, min(limits), "the smallest worker's limit")
+    if (limit := smallest_memory(client)) is not None:
+        require_memory(planned, limit, "the smallest worker's limit")
 
 
 def require_memory(planned: CubePlan, limit: int, whose: str) -> None:

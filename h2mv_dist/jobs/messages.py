@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
-TaskKind = Literal["fold", "summary", "tile", "finish", "prepare"]
+TaskKind = Literal["fold", "summary", "tile", "finish", "prepare", "compact"]
 FailureKind = Literal["refused", "machine", "full", "busy", "failed", "peer", "preempted", "cancelled"]
 """Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
 

@@ -22,7 +22,7 @@ from h2mv_dist.io.daily import DailyInput, Series, open_daily
 from h2mv_dist.io.handles import contents_of
 from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
 from h2mv_dist.io.stores import displayed
-from h2mv_dist.jobs.cluster import require_workers
+from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
@@ -232,17 +232,16 @@ def _refuse_input(plan: PreparePlan, to: str) -> None:
 
 
 def _require_memory(client: Client, plan: PreparePlan) -> None:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    limit = smallest_memory(client)
     needed = plan.unit_bytes()
-    if limits and needed > min(limits):
+    if limit is not None and needed > limit:
         days = plan.layout.blocks[0].n_days
-        fitting = max(days * min(limits) // needed, 1)
+        fitting = max(days * limit // needed, 1)
         raise JobError(
             describe(
                 "a shard's days over all space do not fit into a worker",
                 where="prepare.shard_days",
-                expected=f"at most {format_bytes(min(limits))}, the smallest worker's limit",
+                expected=f"at most {format_bytes(limit)}, the smallest worker's limit",
                 actual=f"about {format_bytes(needed)} for {days} days",
                 fix=f"set prepare.shard_days (a multiple of prepare.chunk_days) to about {fitting}, or start "
                 "larger workers",

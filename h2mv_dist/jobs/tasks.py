@@ -105,6 +105,10 @@ def _result(message: Message, place: Place) -> Any:
             from h2mv_dist.jobs.prepare import run_prepare_unit
 
             return run_prepare_unit(message)
+        case "compact":
+            from h2mv_dist.jobs.compact import run_compact_unit
+
+            return run_compact_unit(message)
         case _:
             from h2mv_dist.jobs.tiles import run_tile_unit
 

@@ -140,12 +140,12 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
 
 
 def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
-    """Stop what runs for a job folder, or to fill a cube or a prepared store; returns the names of the jobs.
+    """Stop what runs for a job folder, or to fill a cube, a copy or a prepared store; returns their names.
 
     Raises:
         JobError: nothing does.
     """
-    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare"))
+    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare", "compact"))
     cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
     if not cancelled:
         raise JobError(
@@ -154,7 +154,8 @@ def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
                 where=scheduler_address(client),
                 expected=f"a job with the folder, cube or prepared store {displayed(url)}",
                 actual="none; it is finished, or was never submitted to this scheduler",
-                fix="give the URL that was given to --job, --cube or --to, and the address of its scheduler",
+                fix="give the URL that was given to --job, --cube, --to or as TARGET, and the address of its "
+                "scheduler",
             )
         )
     return cancelled

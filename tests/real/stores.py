@@ -111,5 +111,5 @@ def _climate(precipitation: xr.DataArray, *dims: str) -> dict[str, xr.DataArray]
 
 def _write(store: xr.Dataset, place: Place) -> None:
     plain = store.drop_encoding().astype(np.float32, keep_attrs=True)
-    options = place.options.get("s3")
+    options: Any = place.options.get("s3")
     plain.to_zarr(place.url, mode="w", zarr_format=3, consolidated=False, storage_options=options)
