@@ -7,7 +7,7 @@ NAME_spread their standard deviation. Float32, NaN over sea and where nothing wa
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from math import prod
@@ -198,6 +198,12 @@ def monthly_arrays(layout: CubeLayout) -> Iterator[str]:
 def projected_bytes(layout: CubeLayout) -> int:
     """Bytes of the whole cube before compression, coordinates included."""
     return sum(array.n_bytes for array in planned_arrays(layout))
+
+
+def part_bytes(layout: CubeLayout, parts: Mapping[Tile, Sequence[Period]]) -> int:
+    """Bytes before compression of these days of these tiles."""
+    cell_days = sum(prod(tile.shape) * sum(p.n_days for p in periods) for tile, periods in parts.items())
+    return projected_bytes(layout) * cell_days // (layout.grid.mask.size * layout.period.n_days)
 
 
 def _check_names(layout: CubeLayout) -> None:

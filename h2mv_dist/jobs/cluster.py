@@ -26,7 +26,11 @@ from h2mv_dist.jobs.slurm import slurm_cluster
 CONNECT_SECONDS: Final = 30
 LOOPBACK: Final = "127.0.0.1"
 PRELOAD: Final = "h2mv_dist.jobs.preload"
+_SPARING: Final = {"distributed": {"worker": {"profile": {"interval": "100ms", "cycle": "60s"}}}}
+"""Dask's profiler, for workers that do one thing for minutes: by default it looks every 10 ms, taking turns
+from the work, and keeps an hour of what it saw, second by second, in their memory."""
 
+dask.config.update_defaults(_SPARING)
 _log = logging.getLogger(__name__)
 
 

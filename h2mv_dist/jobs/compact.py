@@ -24,7 +24,7 @@ from distributed import Client
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
-from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress
+from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
 from h2mv_dist.io.cube_copy import CubeCopy
 from h2mv_dist.io.cube_store import Cube, create_cube, differences, find_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger, gaps, ledger_url
@@ -33,6 +33,7 @@ from h2mv_dist.io.stores import displayed, local_path, public
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
 
 SHARD_DAYS: Final = 360
@@ -165,6 +166,9 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
 
     require_workers(client, 1, "compact")
     _require_memory(client, plan)
+    require_disk(
+        "compacted cube", plan.target, part_bytes(plan.layout, plan.missing), "move older files away"
+    )
     _log.info("%s: %s", displayed(plan.target), plan.summary())
     create_cube(plan.target, plan.layout, options, overwrite=False)
     _roll_back(plan, options)

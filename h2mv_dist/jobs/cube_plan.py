@@ -13,7 +13,7 @@ from dask.utils import format_bytes
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
-from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, projected_bytes
+from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
 from h2mv_dist.io.cube_store import differences, find_cube
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
@@ -28,7 +28,7 @@ from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
-FIRST_USE_BYTES: Final = 88 * 2**20
+FIRST_USE_BYTES: Final = 96 * 2**20
 """What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and
 what is lost between arrays; measured."""
 NUMBERS: Final = 1
@@ -86,25 +86,23 @@ class CubePlan:
         # of one member: gates of some days, as a product, with what is constant, and those before; today's,
         # and what a day makes of them
         at_once = min(cells, PART_CELLS)
-        gates = (4 * GATE_DAYS + 8) * at_once * 4 * self.settings.model.hidden
+        gates = (5 * GATE_DAYS + 8) * at_once * 4 * self.settings.model.hidden
         # of one member and part: days one by one and joined, the member before, the budget in float64; with a
         # GPU these are on it, and on the host are pinned copies of two parts, of all members, instead
         part = 3 * min(PART_DAYS, days) * at_once * len(self.spec.daily)
         # of all members: what is computed, and the block before, which is being written
         values = 2 * members * days * cells * len(layout.daily)
         # of a variable that is to be written: its deviations in float64
-        spread = 0 if layout.member_axis else 2 * members * days * cells
+        spread = 0 if layout.member_axis or members == 1 else 2 * members * days * cells
         # sums over the month, float64, and the means of one that ends
         values += 3 * members * cells * len(layout.monthly)
-        # of each array that is being written: its box with sea, its chunks, these coded, joined or sent
-        written = 4 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
+        # of each array that is being written: its box with sea, and what of it is coded or sent just now
+        written = 2 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
         return FIRST_USE_BYTES + forcing + weights + FLOAT_BYTES * (gates + part + values + spread + written)
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:
         """Projected bytes, before compression, of these days of these tiles."""
-        cell_days = sum(math.prod(t.shape) * sum(p.n_days for p in parts) for t, parts in missing.items())
-        whole = self.layout.grid.mask.size * self.layout.period.n_days
-        return projected_bytes(self.layout) * cell_days // whole
+        return part_bytes(self.layout, missing)
 
     def summary(self) -> str:
         """How large the cube will be, in a sentence."""

@@ -13,6 +13,7 @@ from dask.config import get
 from h2mv_dist.errors import JobError
 from h2mv_dist.io import tile_forcing
 from h2mv_dist.io.cube_check import verify_cube
+from h2mv_dist.jobs.cube_plan import FIRST_USE_BYTES
 from h2mv_dist.jobs.tiles import compute_tile, finish_cube
 from tests.conftest import Place
 from tests.io.counting import chunk_reads, counting_place, forget_reads
@@ -106,6 +107,7 @@ def test_a_cube_is_not_finished_without_all_receipts(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys
 import torch
+from h2mv_dist.jobs.memory import keep_freed_memory
 from h2mv_dist.jobs.tiles import compute_tile
 from tests.jobs.tiles import Sizes, context, plan
 
@@ -114,6 +116,7 @@ def status_bytes(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
+keep_freed_memory()
 torch.set_num_threads(1)
 folder, small, large = sys.argv[1], *(Sizes(**json.loads(text)) for text in sys.argv[2:])
 warm = plan(f"{folder}/small", small)
@@ -149,4 +152,6 @@ def test_projected_memory_is_what_is_measured(tmp_path: Path, large: Sizes) -> N
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     projected, measured = json.loads(done.stdout)
-    assert projected / 2 < measured < projected * 2, f"{projected=}, {measured=}"
+    # what is first used was used before; `python -m benchmarks memory` measures it, too, on a worker
+    assert projected - FIRST_USE_BYTES < 1.25 * measured, f"{projected=}, {measured=}"
+    assert measured < projected, f"{projected=}, {measured=}"
