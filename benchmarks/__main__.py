@@ -17,12 +17,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*SHORT, *LONG)))
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    parser.add_argument("--resolution", type=float, default=1.0, help="degrees of the world of io")
-    parser.add_argument("--years", type=int, default=1, help="years of the world of io")
-    parser.add_argument("--compression", choices=("zstd", "blosc"), default="zstd", help="of the cube of io")
+    options = parser.add_argument_group("of io")
+    options.add_argument("--resolution", type=float, default=1.0, help="degrees of the world")
+    options.add_argument("--years", type=int, default=1, help="years of the world")
+    options.add_argument("--members", type=int, default=2, help="of the cube")
+    options.add_argument("--tile", type=int, default=object_store.TILE, help="cells along its edges")
+    options.add_argument("--compression", choices=("zstd", "blosc"), default="zstd", help="of the cube")
     chosen = parser.parse_args()
+    resolution = 5.0 if chosen.quick else chosen.resolution
+    case = object_store.Case(resolution, chosen.years, chosen.members, chosen.tile, chosen.compression)
     long: dict[str, Callable[[], None]] = {
-        "io": lambda: object_store.main(chosen.quick, chosen.resolution, chosen.years, chosen.compression),
+        "io": lambda: object_store.main(case),
         "memory": lambda: memory.main(chosen.quick),
         "stores": lambda: stores.main(chosen.quick),
     }

@@ -83,24 +83,37 @@ class Work:
         return plan_inference(settings, self.job, StorageOptions(self.options))
 
 
-def main(quick: bool = False, resolution: float = 1.0, years: int = 1, compression: str = "zstd") -> None:
+class Case(NamedTuple):
+    """What is measured: a world of so many degrees and years, and a cube of it."""
+
+    resolution: float = 1.0
+    years: int = 1
+    members: int = 2
+    tile: int = TILE
+    compression: str = "zstd"
+
+
+def main(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), SERVER_MEMORY) as server:
-        measure(server, 5.0 if quick else resolution, years, compression)
+        measure(server, case)
 
 
-def measure(server: S3Server, resolution: float, years: int, compression: str) -> None:
+def measure(server: S3Server, case: Case) -> None:
     data, output = server.new_bucket(), server.new_bucket()
     world = f"{data}/world.zarr"
-    made = make_world(world, resolution=resolution, years=years, seed=0, options=server.options)
-    settings, job, cube = _settings(world, compression), f"{output}/job", f"{output}/cube.zarr"
-    _write_members(settings, job, server.options)
+    made = make_world(world, resolution=case.resolution, years=case.years, seed=0, options=server.options)
+    settings, job, cube = _settings(world, case), f"{output}/job", f"{output}/cube.zarr"
+    _write_members(case.members, settings, job, server.options)
     work = Work(to_json(settings), job, cube, f"{output}/raw.zarr", server.options.reveal())
     planned = work.plan()
     print(
         f"{made.n_land} land cells, {made.period.n_days} days, {len(planned.layout.members)} members, ",
         end="",
     )
-    print(f"{len(planned.layout.tiles)} tiles of {TILE} x {TILE} cells, {WORKERS} workers\n", flush=True)
+    print(
+        f"{len(planned.layout.tiles)} tiles of {case.tile} x {case.tile} cells, {WORKERS} workers\n",
+        flush=True,
+    )
     with connect(ClusterSettings(kind="local", workers=WORKERS, memory_limit="0")) as client:
         client.run(_warm_up)
         before = _traffic(server, data), _traffic(server, output)
@@ -139,21 +152,21 @@ def _timed() -> Iterator[_Clock]:
     clock.seconds = time.perf_counter() - started
 
 
-def _settings(world: str, compression: str) -> Settings:
-    box = [TILE, TILE]
-    inference: dict[str, Any] = {"tile": box, "shard": box, "chunk": [TILE // 2] * 2}
-    inference |= {"shard_days": SHARD_DAYS, "chunk_days": SHARD_DAYS // 3, "compression": compression}
+def _settings(world: str, case: Case) -> Settings:
+    box = [case.tile, case.tile]
+    inference: dict[str, Any] = {"tile": box, "shard": box, "chunk": [case.tile // 2] * 2}
+    inference |= {"shard_days": SHARD_DAYS, "chunk_days": SHARD_DAYS // 3, "compression": case.compression}
     return validate({"data": {"url": world}, "inference": inference}, where="benchmark")
 
 
-def _write_members(settings: Settings, job: str, options: StorageOptions) -> None:
+def _write_members(count: int, settings: Settings, job: str, options: StorageOptions) -> None:
     """The world's hidden model, and the same with other weights here and there."""
     source = open_source(settings.data, forcing=SPEC.forcing, targets=(), options=options)
     scaler = source.published_scaler()
-    models = [true_model(scaler, source.static) for _ in range(2)]
+    models = [true_model(scaler, source.static) for _ in range(count)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in models[1].lstm_fc.parameters():
+        for weight in (w for model in models[1:] for w in model.lstm_fc.parameters()):
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
     write_members(job, settings, models, source.static, options)
 
@@ -350,4 +363,4 @@ def _read_by_others(cube: str, server: S3Server, planned: CubePlan) -> str:
 
 
 if __name__ == "__main__":
-    main(quick=True)
+    main(Case(resolution=5.0))

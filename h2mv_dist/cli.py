@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -199,7 +199,6 @@ def infer(
     """
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.forecast import forecast, require_room
-    from h2mv_dist.jobs.inference import roll_back
 
     chosen, options = _settings(settings, set_, address)
     if plan_only:
@@ -208,12 +207,7 @@ def infer(
             console.print(line, soft_wrap=True, highlight=False)
         require_room(plan, cube, options)
         return
-    if from_ is not None:
-        # planned first: nothing is rolled back for a cube that cannot be continued
-        plan_inference(chosen, job, options, cube=cube)
-        shorter = roll_back(cube, from_.date(), options)
-        console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
-    _fill(chosen, job, cube, options, append=append or from_ is not None)
+    _fill(chosen, job, cube, options, append=append, since=None if from_ is None else from_.date())
 
 
 @app.command()
@@ -463,17 +457,31 @@ def _with_address(overrides: list[str] | None, address: str | None) -> list[str]
     return [*(overrides or []), *extra]
 
 
-def _fill(settings: Settings, job: str, cube: str, options: StorageOptions, *, append: bool = False) -> None:
-    """Compute what a cube lacks, and wait for it."""
+def _fill(
+    settings: Settings,
+    job: str,
+    cube: str,
+    options: StorageOptions,
+    *,
+    append: bool = False,
+    since: date | None = None,
+) -> None:
+    """Compute what a cube lacks, and what it holds ``since`` some day, and wait for it."""
     from h2mv_dist.display import watching_tiles
     from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.cube_plan import plan_inference
-    from h2mv_dist.jobs.inference import start_inference
+    from h2mv_dist.jobs.inference import require_idle, roll_back, start_inference
 
+    # before anything is started, or rolled back for a cube that cannot be continued
     plan = plan_inference(settings, job, options, cube=cube, append=append)
     console.print(plan.summary(), soft_wrap=True)
     with connect(settings.cluster) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        if since is not None:
+            require_idle(client, cube)
+            shorter = roll_back(cube, since, options)
+            console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
+            plan = plan_inference(settings, job, options, cube=cube, append=True)
         handle = start_inference(client, plan, job, cube, options)
         if handle is None:
             console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)

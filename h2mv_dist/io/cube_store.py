@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import (
     FINGERPRINT,
@@ -143,6 +144,27 @@ def read_cube(url: str, options: StorageOptions) -> Cube:
             )
         )
     return Cube(layout, Progress.of(found.attributes))
+
+
+def still_as_planned(url: str, rollbacks: tuple[date, ...], options: StorageOptions) -> Progress:
+    """How far a cube is by now, which nobody may have rolled back meanwhile.
+
+    Raises:
+        JobError: somebody has.
+        StoreError: there is no complete cube, or the store fails.
+    """
+    progress = read_cube(url, options).progress
+    if progress.rollbacks == rollbacks:
+        return progress
+    raise JobError(
+        describe(
+            "the cube was rolled back while it was worked on",
+            where=displayed(url),
+            expected=f"rollbacks to {', '.join(map(str, rollbacks)) or 'no day'}",
+            actual=f"rollbacks to {', '.join(map(str, progress.rollbacks)) or 'no day'}",
+            fix="let one command at a time work on a cube, then start again; nothing was changed",
+        )
+    )
 
 
 def publish(url: str, layout: CubeLayout, progress: Progress, options: StorageOptions) -> None:

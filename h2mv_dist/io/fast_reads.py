@@ -31,6 +31,8 @@ _SAME_HERE: Final = frozenset(
 _SAME_OF_CLIENT: Final = frozenset({"endpoint_url", "region_name"})
 _SAME_OF_CONFIG: Final = frozenset({"connect_timeout", "read_timeout", "max_pool_connections"})
 _METADATA: Final = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
+_FAILURES: Final = 8
+"""Requests in a row after whose failure s3fs gets all that follow."""
 _RENEWED: Final = timedelta(minutes=5)
 """How often s3fs is asked for its credentials, which may be short-lived."""
 
@@ -49,34 +51,36 @@ class _FastReads(WrapperStore[FsspecStore]):
         super().__init__(store)
         self._direct: Store | None = None
         self._begun = self._worked = False
+        self._failures = 0
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         if not key.endswith(_METADATA):
-            found = await self._fast(key, prototype, byte_range)
-            # that there is nothing is believed of a way that has found something
-            if found is not None or self._worked:
-                return found
+            try:
+                if (direct := await self._other_way()) is not None:
+                    found = await direct.get(key, prototype, byte_range)
+                    self._failures, self._worked = 0, self._worked or found is not None
+                    # that there is nothing is believed of a way that has found something
+                    if self._worked:
+                        return found
+            except Exception as error:
+                self._note_failure(error)
         return await super().get(key, prototype, byte_range)
 
-    async def _fast(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
-    ) -> Buffer | None:
-        """The bytes, or None if there are none."""
-        try:
-            if not self._begun:
-                self._begun = True
-                self._direct = await _opened(self._store)
-            found = None if self._direct is None else await self._direct.get(key, prototype, byte_range)
-        except Exception as error:
-            if not self._worked:
-                # only its type: what it says may hold credentials
-                _log.debug("chunks are read by s3fs alone; obstore failed: %s", type(error).__name__)
-                self._direct = None
-            return await super().get(key, prototype, byte_range)
-        self._worked = self._worked or found is not None
-        return found
+    async def _other_way(self) -> Store | None:
+        """obstore, but for requests that come while it is being opened, and once it has failed too often."""
+        if not self._begun:
+            self._begun = True
+            self._direct = await _opened(self._store)
+        return self._direct
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == _FAILURES:
+            # only its type: what it says may hold credentials
+            _log.debug("chunks are read by s3fs from now on; obstore failed: %s", type(error).__name__)
+            self._direct = None
 
 
 async def _opened(store: FsspecStore) -> Store:

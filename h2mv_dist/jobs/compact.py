@@ -26,7 +26,15 @@ from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError,
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
 from h2mv_dist.io.cube_copy import CubeCopy
-from h2mv_dist.io.cube_store import Cube, create_cube, differences, find_cube, publish, read_cube
+from h2mv_dist.io.cube_store import (
+    Cube,
+    create_cube,
+    differences,
+    find_cube,
+    publish,
+    read_cube,
+    still_as_planned,
+)
 from h2mv_dist.io.ledger import Ledger, gaps, ledger_url
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE, Sink, StoredValues
 from h2mv_dist.io.stores import displayed, local_path, public
@@ -276,7 +284,11 @@ def finish_copy(context: CompactContext) -> None:
         )
     source = read_cube(copy.source.url, options)
     _require_unchanged(copy.source.url, source, layout, context.rollbacks)
-    constants = read_cube(url, options).progress.constants or copy.copy_constants(source.progress)
+    shown = still_as_planned(url, copy.ledger.rollbacks, options)
+    if shown.complete and shown.period.stop > layout.period.stop:
+        # another run has gone further meanwhile
+        return
+    constants = shown.constants or copy.copy_constants(source.progress)
     publish(url, layout, Progress(layout.period, True, copy.ledger.rollbacks, constants), options)
 
 

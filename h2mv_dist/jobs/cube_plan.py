@@ -14,7 +14,7 @@ from h2mv_dist.config import Settings, StorageOptions, canonical_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
-from h2mv_dist.io.cube_store import differences, find_cube
+from h2mv_dist.io.cube_store import differences, find_cube, still_as_planned
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed, public
@@ -148,6 +148,9 @@ def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
     settings = validate(message["settings"], where="job")
     options = StorageOptions(message["storage_options"])
     known, until = find_cube(message["cube"], options), Period.parse(message["period"])
+    if known:
+        before = message["progress"]
+        still_as_planned(message["cube"], Progress.of(before).rollbacks if before else (), options)
     planned = _plan(settings, message["training_folder"], options, known, append=False, until=until)
     theirs, ours = message["provenance"], planned.layout.attributes
     changed = sorted(key for key in ours if theirs.get(key) != ours[key])

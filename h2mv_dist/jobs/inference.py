@@ -26,7 +26,7 @@ from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
-from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.handle import JobHandle, running, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.training import job_id
@@ -110,6 +110,16 @@ def in_good_order(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]]) -
         return list(missing)
     mask = planned.layout.grid.mask
     return sorted(missing, key=lambda tile: -int(mask[tile.slices].sum()))
+
+
+def require_idle(client: Client, cube: str) -> None:
+    """Refuse a cube that a job on this scheduler is working on.
+
+    Raises:
+        JobError: one is.
+    """
+    if running(client, job_id("infer", cube)) is not None:
+        raise JobError(f"a job is filling {displayed(cube)}; wait for it, or cancel it first")
 
 
 def roll_back(cube: str, day: date, options: StorageOptions) -> Progress:

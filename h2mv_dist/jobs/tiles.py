@@ -19,7 +19,7 @@ from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import Progress
-from h2mv_dist.io.cube_store import publish
+from h2mv_dist.io.cube_store import publish, still_as_planned
 from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
@@ -100,6 +100,10 @@ def finish_cube(context: TileContext) -> None:
     covered = context.ledger.covered()
     _require_receipts(context, {n: gaps(covered.get(n, ()), layout.period) for n in _tile_names(context)})
     progress = Progress(layout.period, True, context.ledger.rollbacks, _constants(context))
+    shown = still_as_planned(context.cube.url, progress.rollbacks, options)
+    if shown.complete and shown.period.stop > layout.period.stop:
+        # another run has gone further meanwhile
+        return
     publish(context.cube.url, layout, progress, options)
     chosen = context.plan.settings.inference
     newest_days = chosen.keep_states * layout.shard_days
