@@ -24,7 +24,7 @@ from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage, roll_back, submit_inference
-from h2mv_dist.jobs.tiles import compute_tile, finish_cube, open_context, stretches
+from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
 FIRST = date(2001, 1, 1)
@@ -224,6 +224,33 @@ def test_an_interrupted_append_is_not_seen_and_goes_on(
     assert verify_cube(str(cube), NO_OPTIONS).complete
     with xr.open_zarr(cube, chunks=None) as opened:
         assert opened.sizes["time"] == 12
+
+
+def appended(day: int, url: str, cache: Path, job: str, cube: Path) -> TileContext:
+    """A run that has computed all days before this one of January, and is yet to show them."""
+    planned = plan_inference(until(day, url, cache), job, NO_OPTIONS, cube=str(cube), append=True)
+    run = open_context(planned, str(cube), NO_OPTIONS)
+    for tile in planned.layout.tiles:
+        compute_tile(run, tile)
+    return run
+
+
+def test_a_run_does_not_undo_a_rollback_of_another(world_url: str, cache: Path, job: str, cube: Path) -> None:
+    run = appended(13, world_url, cache, job, cube)
+    shown = roll_back(str(cube), date(2001, 1, 11), NO_OPTIONS)
+    with pytest.raises(JobError, match="rolled back while it was worked on"):
+        finish_cube(run)
+    assert read_cube(str(cube), NO_OPTIONS).progress == shown
+
+
+def test_a_run_does_not_shorten_what_another_has_appended(
+    world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    shorter, longer = (appended(day, world_url, cache, job, cube) for day in (12, 13))
+    finish_cube(longer)
+    finish_cube(shorter)
+    assert read_cube(str(cube), NO_OPTIONS).progress.period.stop == date(2001, 1, 13)
+    assert verify_cube(str(cube), NO_OPTIONS).complete
 
 
 def test_a_lost_snapshot_costs_time_and_nothing_else(
