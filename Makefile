@@ -37,8 +37,8 @@ bench: $(READY)
 
 # inference from object store to object store, a worker's memory, and the stores themselves; takes long
 bench-io: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io memory stores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io --members 10 --resolution 2 --tile 18
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io memory stores
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

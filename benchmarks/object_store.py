@@ -133,6 +133,7 @@ def measure(server: S3Server, case: Case) -> None:
     print(f"| end to end | {whole.seconds:.1f} |\n| (a) compute alone | {alone:.1f} |")
     print(f"| (b) raw reading and writing | {raw:.1f} |\n")
     print(f"end to end / max(a, b): {whole.seconds / limit:.2f} (target: at most 1.25)")
+    print(f"end to end / (a + b): {whole.seconds / (alone + raw):.2f} (1 where the same cores do both)")
     print(f"read amplification: {reads.sent / needed:.3f} (target: at most 1.05), ", end="")
     print(f"{format_bytes(reads.sent)} served of {format_bytes(needed)} in the chunks that hold the cells")
     print(f"requests: {reads.requests} to the forcing, {writes.requests} to the cube and its job; ", end="")
