@@ -18,6 +18,7 @@ from h2mv_dist.io.sink import DamagedError, StoredValues
 from h2mv_dist.spec import Budget
 
 _AT_ONCE: Final = 4
+_BUDGET_DAYS: Final = 64
 CONSTANTS_UNIT: Final = "constants"
 
 
@@ -133,9 +134,11 @@ def _residual(stored: StoredValues, tiles: Mapping[str, Tile], one: Covered, bud
     """Largest gap of the budget in a stretch, from what is stored; damaged parts are told of elsewhere."""
     if budget is None or one.tile not in tiles or not set(budget.terms) <= set(stored.layout.daily):
         return math.nan
+    # whole chunks of days, but not all of a long shard's: several terms, of all members, are in memory
+    at_once = stored.layout.chunk_days * max(_BUDGET_DAYS // stored.layout.chunk_days, 1)
     try:
-        blocks = _blocks(stored.layout, one)
-        return max(stored.budget_residual(tiles[one.tile], block, budget) for block in blocks)
+        parts = one.period.blocks(at_once)
+        return max(stored.budget_residual(tiles[one.tile], part, budget) for part in parts)
     except DamagedError:
         return math.nan
 
