@@ -3,6 +3,7 @@
 Nothing listens beyond this machine unless an interface, or Slurm, is asked for.
 """
 
+import gc
 import json
 import logging
 import os
@@ -165,6 +166,9 @@ def _event_loop() -> Iterator[IOLoop]:
     A terminal sends it to every process, and workers that die of it spoil the orderly end.
     """
     runner = LoopRunner()
+    # A client that could not connect is closed when it is collected. If that happened in the new thread while
+    # the runner starts, both would wait for the same lock.
+    gc.collect()
     resource_tracker.ensure_running()  # it unblocks Ctrl-C in the thread that starts it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

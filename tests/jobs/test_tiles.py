@@ -152,7 +152,7 @@ def test_projected_memory_is_what_is_measured(tmp_path: Path, large: Sizes) -> N
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     projected, measured = json.loads(done.stdout)
-    # what is first used was used before, and part of what follows fits into what that has left: bounds are wider
-    # than those of `python -m benchmarks memory`, which measures all of it, on a worker
+    # what is first used was used before, and part of what follows fits into what that has left: bounds are
+    # wider than those of `python -m benchmarks memory`, which measures all of it, on a worker
     assert projected - FIRST_USE_BYTES < 2 * measured, f"{projected=}, {measured=}"
     assert measured < projected, f"{projected=}, {measured=}"
