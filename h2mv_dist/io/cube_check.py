@@ -10,11 +10,13 @@ from typing import Final
 import numpy as np
 
 from h2mv_dist.config import StorageOptions
+from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Covered, Ledger, Receipt, ended_months, gaps
 from h2mv_dist.io.sink import DamagedError, StoredValues
+from h2mv_dist.io.stores import displayed
 from h2mv_dist.spec import Budget
 
 _AT_ONCE: Final = 4
@@ -88,6 +90,26 @@ def _chosen(covered: Sequence[Covered], share: float, seed: int) -> list[Covered
     """A random share, at least one, in order."""
     count = min(len(covered), max(1, round(share * len(covered))))
     return [covered[i] for i in sorted(np.random.default_rng(seed).permutation(len(covered))[:count])]
+
+
+def require_receipts(layout: CubeLayout, ledger: Ledger, command: str) -> None:
+    """Make sure that receipts cover all tiles and days, before readers are shown them.
+
+    Raises:
+        JobError: some are missing; ``command`` is what makes them.
+        StoreError: the receipts cannot be read.
+    """
+    left = list(_missing(layout, ledger.covered()))
+    if left:
+        raise JobError(
+            describe(
+                "tiles of the cube have no receipt",
+                where=displayed(ledger.url),
+                expected=f"receipts of all {len(layout.tiles)} tiles before readers are shown the days",
+                actual=f"none of {len(left)} stretches of days, such as {left[0]}",
+                fix=f"do not delete receipts while a cube is made; run {command} again",
+            )
+        )
 
 
 def _missing(layout: CubeLayout, covered: Mapping[str, Sequence[Covered]]) -> Iterator[str]:

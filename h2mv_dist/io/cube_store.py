@@ -167,6 +167,18 @@ def still_as_planned(url: str, rollbacks: tuple[date, ...], options: StorageOpti
     )
 
 
+def publish_further(url: str, layout: CubeLayout, progress: Progress, options: StorageOptions) -> None:
+    """Show readers the days of ``progress``, unless another run has shown them, and more, meanwhile.
+
+    Raises:
+        JobError: the cube was rolled back meanwhile.
+        StoreError: the store cannot be reached or written.
+    """
+    shown = still_as_planned(url, progress.rollbacks, options)
+    if not (shown.complete and shown.period.stop > progress.period.stop):
+        publish(url, layout, progress, options)
+
+
 def publish(url: str, layout: CubeLayout, progress: Progress, options: StorageOptions) -> None:
     """Show readers the days of ``progress``: one put of the root, with the metadata of all arrays in it.
 

@@ -25,6 +25,7 @@ from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
+from h2mv_dist.io.cube_check import require_receipts
 from h2mv_dist.io.cube_copy import CubeCopy
 from h2mv_dist.io.cube_store import (
     Cube,
@@ -32,8 +33,8 @@ from h2mv_dist.io.cube_store import (
     differences,
     find_cube,
     publish,
+    publish_further,
     read_cube,
-    still_as_planned,
 )
 from h2mv_dist.io.ledger import Ledger, gaps, ledger_url
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE, Sink, StoredValues
@@ -270,26 +271,11 @@ def finish_copy(context: CompactContext) -> None:
     """
     copy, layout = context.copy, context.copy.target.layout
     url, options = copy.target.url, copy.target.options
-    covered = copy.ledger.covered()
-    left = [f"{t.name}/{gap}" for t in layout.tiles for gap in gaps(covered.get(t.name, ()), layout.period)]
-    if left:
-        raise JobError(
-            describe(
-                "tiles of the copy have no receipt",
-                where=displayed(url),
-                expected=f"receipts of all {len(layout.tiles)} tiles before readers are shown the days",
-                actual=f"none of {len(left)} stretches of days, such as {left[0]}",
-                fix="do not delete receipts meanwhile; run h2mv-dist compact again",
-            )
-        )
+    require_receipts(layout, copy.ledger, "h2mv-dist compact")
     source = read_cube(copy.source.url, options)
     _require_unchanged(copy.source.url, source, layout, context.rollbacks)
-    shown = still_as_planned(url, copy.ledger.rollbacks, options)
-    if shown.complete and shown.period.stop > layout.period.stop:
-        # another run has gone further meanwhile
-        return
-    constants = shown.constants or copy.copy_constants(source.progress)
-    publish(url, layout, Progress(layout.period, True, copy.ledger.rollbacks, constants), options)
+    constants = read_cube(url, options).progress.constants or copy.copy_constants(source.progress)
+    publish_further(url, layout, Progress(layout.period, True, copy.ledger.rollbacks, constants), options)
 
 
 def _layout(source: Cube, cube: str, cut: Cut, period: Period) -> CubeLayout:

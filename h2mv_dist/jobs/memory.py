@@ -19,7 +19,7 @@ def keep_freed_memory() -> None:
     """Let results of a day take what results of the day before have left, whichever thread freed it.
 
     Nannies have their workers give back all that is freed, and with it glibc maps every array above 128 KiB
-    anew, which costs models half of their speed. On other C libraries nothing is changed.
+    anew, which costs models up to half of their speed. On other C libraries nothing is changed.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return

@@ -7,7 +7,7 @@ the states and a receipt; what has a receipt is never computed again.
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -16,10 +16,10 @@ from itertools import pairwise
 import torch
 
 from h2mv_dist.config import StorageOptions, canonical_json
-from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import Progress
-from h2mv_dist.io.cube_store import publish, still_as_planned
+from h2mv_dist.io.cube_check import require_receipts
+from h2mv_dist.io.cube_store import publish_further
 from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
@@ -94,27 +94,18 @@ def finish_cube(context: TileContext) -> None:
     """Write what belongs to no tile, show readers the whole cube, and drop snapshots that are not needed.
 
     Raises:
-        JobError: days of a tile have no receipt.
+        JobError: days of a tile have no receipt, or the cube was rolled back meanwhile.
     """
     layout, options = context.plan.layout, context.cube.options
-    covered = context.ledger.covered()
-    _require_receipts(context, {n: gaps(covered.get(n, ()), layout.period) for n in _tile_names(context)})
+    require_receipts(layout, context.ledger, "h2mv-dist infer")
     progress = Progress(layout.period, True, context.ledger.rollbacks, _constants(context))
-    shown = still_as_planned(context.cube.url, progress.rollbacks, options)
-    if shown.complete and shown.period.stop > layout.period.stop:
-        # another run has gone further meanwhile
-        return
-    publish(context.cube.url, layout, progress, options)
+    publish_further(context.cube.url, layout, progress, options)
     chosen = context.plan.settings.inference
     newest_days = chosen.keep_states * layout.shard_days
-    for name in _tile_names(context):
+    for name in (tile.name for tile in layout.tiles):
         days = context.snapshots.days(name)
         kept = [day for day in days if is_kept(day, layout.period, newest_days, chosen.state_days)]
         context.snapshots.forget(name, kept)
-
-
-def _tile_names(context: TileContext) -> list[str]:
-    return [tile.name for tile in context.plan.layout.tiles]
 
 
 def _constants(context: TileContext) -> str:
@@ -136,20 +127,6 @@ def is_kept(day: date, period: Period, newest_days: int, every: int | None) -> b
     """
     since = (day - period.start).days
     return since >= period.n_days - newest_days or (every is not None and since % every == 0)
-
-
-def _require_receipts(context: TileContext, missing: Mapping[str, Sequence[Period]]) -> None:
-    left = [f"{name}/{stretch}" for name, stretches in missing.items() for stretch in stretches]
-    if left:
-        raise JobError(
-            describe(
-                "tiles of the cube have no receipt",
-                where=context.cube.url,
-                expected=f"receipts of all {len(missing)} tiles before the cube is finished",
-                actual=f"none of {len(left)} stretches of days, such as {left[0]}",
-                fix="do not delete receipts while a cube is made; run h2mv-dist infer again",
-            )
-        )
 
 
 def compute_tile(context: TileContext, tile: Tile) -> None:
