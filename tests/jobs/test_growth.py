@@ -85,6 +85,7 @@ def cube(ten_days: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy" / "cube.zarr"
 
 
+@pytest.mark.slow
 def test_days_at_once_equal_days_one_by_one(
     client: Client, world_url: str, cache: Path, job: str, cube: Path, ten_days: Path, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
     assert all(r.missing == 0 and r.residual is not None and r.residual < 1e-3 for r in receipts)
 
 
+@pytest.mark.slow
 def test_tiled_and_blocked_equal_one_piece(
     client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_folds_train_side_by_side_on_whole_gangs(
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
