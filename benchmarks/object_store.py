@@ -36,7 +36,7 @@ from h2mv_dist.io.cube_store import create_cube
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import join, list_objects, open_store, without_read_back
-from h2mv_dist.jobs.cluster import connect
+from h2mv_dist.jobs.cluster import connect, workers_of
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference
 from h2mv_dist.jobs.inference import in_good_order, start_inference, submit_inference
 from h2mv_dist.jobs.simulation import Days, TileSimulation
@@ -298,7 +298,7 @@ def _put(array: Any, first: int, n_days: int, tile: Tile, values: Any) -> None:
 
 def _shares(client: Client, order: Sequence[Tile]) -> dict[str, list[Tile]]:
     """Worker -> tiles, dealt out from the largest on, there and back so that all get as much land."""
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    workers = sorted(workers_of(client))
     turns = [*workers, *reversed(workers)]
     shares: dict[str, list[Tile]] = {worker: [] for worker in workers}
     for number, tile in enumerate(order):

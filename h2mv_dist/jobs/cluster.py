@@ -49,7 +49,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
             cluster = stack.enter_context(start_cluster(settings))
             client = stack.enter_context(_client(cluster, cluster.security))
             planned = len(cluster.plan)
-            if n_workers(client) < planned:
+            if len(workers_of(client)) < planned:
                 _log.warning("waiting for %d workers; dashboard: %s", planned, client.dashboard_link)
                 cluster.wait_for_workers(planned)
         yield install(client)
@@ -350,34 +350,39 @@ def scheduler_address(client: Client) -> str:
     return str(client.scheduler_info(n_workers=0)["address"])
 
 
-def n_workers(client: Client) -> int:
-    """Workers the scheduler has now."""
-    return len(client.scheduler_info(n_workers=-1)["workers"])
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """What the scheduler knows of its workers now, by address.
+
+    Not ``client.scheduler_info``: the client replaces what that returns every other second, without workers.
+    """
+    assert client.scheduler is not None, "an open client"
+    identity: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)
+    return dict(identity["workers"])
 
 
-def require_workers(client: Client, ranks: int, setting: str) -> None:
+def require_workers(client: Client, needed: int, setting: str) -> None:
     """Refuse gangs the cluster cannot hold.
 
     Raises:
-        JobError: fewer workers than ranks; such a gang would wait for ever.
+        JobError: fewer workers than needed; such a gang would wait for ever.
     """
-    available = n_workers(client)
-    if ranks > available:
+    available = len(workers_of(client))
+    if needed > available:
         raise JobError(
             describe(
-                "more ranks than workers",
-                where=setting,
-                expected=f"at most {available}, the workers of {scheduler_address(client)}",
-                actual=str(ranks),
-                fix=f"lower {setting}, or start more workers (cluster.workers)",
+                "not enough workers",
+                where=scheduler_address(client),
+                expected=f"at least {needed} for {setting}",
+                actual=str(available),
+                fix="start more workers (cluster.workers)" + (f", or lower {setting}" if needed > 1 else ""),
             )
         )
 
 
 def smallest_memory(client: Client) -> int | None:
     """Memory limit of the smallest worker, bytes; None where there is no limit."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return min((worker["memory_limit"] for worker in workers if worker["memory_limit"]), default=None)
+    limits = [worker["memory_limit"] for worker in workers_of(client).values()]
+    return min(filter(None, limits), default=None)
 
 
 def known_options(from_settings: StorageOptions) -> StorageOptions:

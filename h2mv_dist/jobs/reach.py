@@ -10,6 +10,7 @@ from distributed import Client
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import H2mvError, JobError, describe
 from h2mv_dist.io.stores import displayed
+from h2mv_dist.jobs.cluster import workers_of
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import Message
 
@@ -51,8 +52,7 @@ class _Answer(NamedTuple):
 
 def _one_worker_a_host(client: Client) -> tuple[str, ...]:
     """Of each host, the worker that was heard of last."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    ordered = sorted(workers.items(), key=lambda item: float(item[1]["last_seen"]))
+    ordered = sorted(workers_of(client).items(), key=lambda item: float(item[1]["last_seen"]))
     return tuple({info["host"]: address for address, info in ordered}.values())
 
 

@@ -23,7 +23,14 @@ from pydantic import ValidationError
 from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs import cluster, slurm, tasks
-from h2mv_dist.jobs.cluster import LOOPBACK, chosen_kind, connect, no_gpu_because, start_cluster
+from h2mv_dist.jobs.cluster import (
+    LOOPBACK,
+    chosen_kind,
+    connect,
+    no_gpu_because,
+    start_cluster,
+    workers_of,
+)
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from tests.jobs.processes import START_SECONDS, process, wait_until
@@ -173,7 +180,7 @@ def test_local_workers_are_as_asked_for(tls: TlsSettings, tmp_path: Path) -> Non
         tls=tls,
     )
     with connect(settings) as client:
-        ((address, worker),) = client.scheduler_info(n_workers=-1)["workers"].items()
+        ((address, worker),) = workers_of(client).items()
         assert address.startswith(f"tls://{LOOPBACK}:")
         for part in (address, worker["nanny"]):
             assert first <= int(part.rpartition(":")[2]) <= first + 20
@@ -372,7 +379,7 @@ def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: py
     )
     jobs = queue / "jobs"
     with connect(settings) as client:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         assert {w["memory_limit"] for w in workers.values()} == {600 * 2**20}
         first = sorted(job.name for job in jobs.iterdir())
         assert len(first) == 2
@@ -380,7 +387,7 @@ def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: py
         wait_until(lambda: len(list(jobs.iterdir())) == 2, "a new job", queue / "log")
         assert first[1] in {job.name for job in jobs.iterdir()}, "a job that ran well was replaced"
         wait_until(
-            lambda: len(set(client.scheduler_info(n_workers=-1)["workers"]) - set(workers)) == 1,
+            lambda: len(set(workers_of(client)) - set(workers)) == 1,
             "its worker",
             queue / "log",
         )
@@ -409,7 +416,7 @@ def test_cluster_start_keeps_workers_until_told_to_stop(number: signal.Signals, 
         wait_until(lambda: "dashboard: http" in log.read_text(), "the cluster", log)
         assert listening(started.pid) == {LOOPBACK}
         with connect(ClusterSettings(scheduler_file=str(file))) as client:
-            (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
+            (worker,) = workers_of(client).values()
             assert worker["nthreads"] == 2
             assert f"scheduler: {cluster.scheduler_address(client)}\n" in log.read_text()
         family = psutil.Process(started.pid).children(recursive=True)

@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from distributed import Client
 
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs import reach, tasks, trainer, training
-from h2mv_dist.jobs.cluster import LOOPBACK
+from h2mv_dist.jobs.cluster import LOOPBACK, workers_of
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.jobs.training import submit_training
@@ -54,7 +56,7 @@ def test_ranks_look_for_the_token_also_in_a_sweep(
 def test_one_worker_that_hangs_holds_up_nobody(
     client: Client, folder: JobFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stopped = min(client.scheduler_info(n_workers=-1)["workers"])
+    stopped = min(workers_of(client))
     pid = client.run(os.getpid, workers=[stopped])[stopped]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -65,7 +67,7 @@ def test_one_worker_that_hangs_holds_up_nobody(
         monkeypatch.setattr(reach, "_one_worker_a_host", lambda _: (stopped,))
         with pytest.raises(JobError, match=f"no worker answers(.|\n)*worker {stopped}"):
             reach.require_shared(client, folder)
-        others = sorted(set(client.scheduler_info(n_workers=-1)["workers"]) - {stopped})
+        others = sorted(set(workers_of(client)) - {stopped})
         monkeypatch.setattr(reach, "_one_worker_a_host", lambda _: (stopped, others[0]))
         monkeypatch.setattr(reach, "ANSWER_SECONDS", 3.0)
         with caplog.at_level(logging.WARNING):
@@ -96,3 +98,19 @@ def test_ranks_that_cannot_meet_say_where_they_tried(monkeypatch: pytest.MonkeyP
     assert failed.value.failure.kind == "failed", "a network may come back"
     for part in (f"{LOOPBACK} port {port}", "rank 1 on", "cluster.interface", "cluster.port_range"):
         assert part in failed.value.failure.reason
+
+
+def test_workers_are_counted_whatever_the_client_refreshes_meanwhile(client: Client) -> None:
+    ended = threading.Event()
+
+    def refresh() -> None:
+        # what a client does every other second, and then knows of no worker
+        while not ended.is_set():
+            client.sync(client._update_scheduler_info, n_workers=0)
+
+    with ThreadPoolExecutor(1) as threads:
+        refreshing = threads.submit(refresh)
+        counts = {len(workers_of(client)) for _ in range(200)}
+        ended.set()
+        refreshing.result()
+    assert counts == {4}
