@@ -341,11 +341,16 @@ def print_settings() -> None:
 
 
 @app.command()
-def verify(file: Annotated[str, typer.Argument(help="Golden file (.npz).")]) -> None:
+def verify(
+    file: Annotated[str, typer.Argument(help="Golden file (.npz).")],
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Run compiled code, which takes a minute to make.")
+    ] = False,
+) -> None:
     """Compare the model with a golden file; exit status 1 if any array is beyond its tolerance."""
     from h2mv_dist.model.verify import verify as verify_file
 
-    verification = verify_file(file)
+    verification = verify_file(file, compiled=compiled)
     table = Table("group", "worst array", "largest error", "of tolerance")
     for d in verification.worst():
         table.add_row(d.group, d.name, f"{d.error:.3g}", f"{d.excess:.1%}")

@@ -254,6 +254,10 @@ class ModelSettings(_Settings):
     """Number of condensed static features."""
 
 
+CodePath = Literal["auto", "compiled", "eager"]
+"""How days are run."""
+
+
 class TrainingSettings(_Settings):
     """How folds are trained."""
 
@@ -293,6 +297,13 @@ class TrainingSettings(_Settings):
     """Of initial weights and the order of cells."""
     threads: int | None = Field(None, ge=1)
     """Torch threads of each rank on a CPU; those of its worker if left out."""
+    code_path: CodePath = "auto"
+    """``compiled``: blocks of days as one piece of machine code each, about three times as fast; takes a
+    C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
+    on CPUs with a compiler where that is worth the minute."""
+    recompute: bool | None = None
+    """Compute each block of days once more when going backward, instead of remembering it: a fourteenth of
+    the memory, a quarter more time. Where memory would not suffice otherwise if left out."""
     attempts: int = Field(3, ge=1)
     """How often a fold may fail, without an epoch in between, before it counts as failed."""
     stuck_seconds: float = Field(600.0, gt=0)
@@ -373,6 +384,8 @@ class InferenceSettings(_Settings):
     """Ends of a growing cube whose states are kept, the newest ones."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
+    code_path: CodePath = "auto"
+    """As ``training.code_path``; a cube keeps that of its first run, as other numbers differ by rounding."""
     attempts: int = Field(3, ge=1)
     """How often a tile may fail before it counts as failed."""
     overwrite: bool = False

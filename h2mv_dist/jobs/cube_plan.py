@@ -19,10 +19,11 @@ from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed, public
 from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.jobs.code_path import chosen_path
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
-from h2mv_dist.model.h2mv import GATE_DAYS
+from h2mv_dist.model.days import no_compiler_because
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest, variable
@@ -31,6 +32,8 @@ FLOAT_BYTES: Final = 4
 FIRST_USE_BYTES: Final = 96 * 2**20
 """What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and
 what is lost between arrays; measured."""
+GATES_AT_ONCE: Final = 16
+"""Of one day; measured."""
 NUMBERS: Final = 1
 """Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
 then not continued. Versions of packages are recorded, but do not matter."""
@@ -62,6 +65,11 @@ class CubePlan:
     progress: Progress | None
 
     @property
+    def code_path(self) -> str:
+        """How days are run."""
+        return self.layout.attributes["code_path"]
+
+    @property
     def done(self) -> bool:
         """Whether readers are shown all of it."""
         return (
@@ -83,10 +91,9 @@ class CubePlan:
         forcing = TileForcing(self.source, tile, self.layout.period, layout.shard_days).n_bytes
         # as read, in the models, stacked, and what a pass makes of them
         weights = 4 * sum(t.nbytes for checkpoint in self.checkpoints for t in checkpoint.tensors.values())
-        # of one member: gates of some days, as a product, with what is constant, and those before; today's,
-        # and what a day makes of them
+        # of one member: gates that are constant, today's, and what a day makes of them
         at_once = min(cells, PART_CELLS)
-        gates = (5 * GATE_DAYS + 8) * at_once * 4 * self.settings.model.hidden
+        gates = GATES_AT_ONCE * at_once * 4 * self.settings.model.hidden
         # of one member and part: days one by one and joined, the member before, the budget in float64; with a
         # GPU these are on it, and on the host are pinned copies of two parts, of all members, instead
         part = 3 * min(PART_DAYS, days) * at_once * len(self.spec.daily)
@@ -186,7 +193,8 @@ def _plan(
         progress = Progress.of(known) if known else None
         period = until or _target(settings, source.period, progress, append)
         baseline, spinup = _references(settings, source.period, period, known)
-        layout = _layout(settings, training_folder, source, spec, checksums, period, baseline, spinup)
+        path = _code_path(settings, source, len(checkpoints), period, known)
+        layout = _layout(settings, training_folder, source, spec, checksums, period, baseline, spinup, path)
         return CubePlan(settings, source, spec, checkpoints, layout, baseline, spinup, progress)
 
     if known and settings.inference.overwrite and differences(known, planned(known).layout):
@@ -252,6 +260,17 @@ def _appended(progress: Progress, wanted: Period, shard_days: int) -> Period:
             f"forcing ends {wanted.stop}, and days are appended {shard_days} at a time"
         )
     return Period(start, as_date(progress.period.first + whole))
+
+
+def _code_path(
+    settings: Settings, source: Source, members: int, period: Period, known: Mapping[str, str] | None
+) -> str:
+    """As set, else as the cube has it, else as is worth it."""
+    chosen = settings.inference.code_path
+    if chosen == "auto" and known and "code_path" in known:
+        return known["code_path"]
+    cell_days = int(source.grid.mask.sum()) * members * period.n_days
+    return chosen_path(chosen, "cpu", cell_days, no_compiler_because(), "inference.code_path")
 
 
 def _references(
@@ -371,6 +390,7 @@ def _layout(
     period: Period,
     baseline: Period,
     spinup: Period | None,
+    code_path: str,
 ) -> CubeLayout:
     chosen = settings.inference
     names = _chosen_outputs(chosen.outputs, spec)
@@ -381,6 +401,7 @@ def _layout(
         "baseline_period": str(baseline),
         "spinup_period": str(spinup or _NO_SPINUP),
         "threads": str(chosen.threads),
+        "code_path": code_path,
         "numbers": str(NUMBERS),
     }
     return CubeLayout(

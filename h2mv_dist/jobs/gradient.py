@@ -70,8 +70,8 @@ def global_loss(
     Its gradient on a rank is the part of the global gradient that comes from the rank's own cells.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    state = spin_up(bare, batch, spinup_days)
-    local = loss.statistics(model(batch, state), batch)
+    state = spin_up(bare, batch, spinup_days, loss.reads)
+    local = loss.statistics(model(batch, state, loss.reads), batch)
     total = summed_over_ranks(local, all_reduce)
     return loss.value(total), total.detach()
 
@@ -156,14 +156,14 @@ class Objective:
         """Run one piece of cells after the other, without a graph; an empty batch is one piece."""
         for first, stop in _cuts(batch.n_cells, self.cells_at_once):
             piece = batch.cells(first, stop)
-            state = spin_up(model, piece, self.spinup_days)
+            state = spin_up(model, piece, self.spinup_days, self.loss.reads)
             yield _Run(piece, state, self._outputs(model, piece, state))
 
     @torch.no_grad()
     def _outputs(self, model: ProcessModel, piece: Batch, state: State) -> Result:
         blocks: list[Result] = []
         for first, stop in _cuts(piece.n_days, self.truncation_days):
-            result = model(piece.days(first, stop), state)
+            result = model(piece.days(first, stop), state, self.loss.reads)
             state = result.state
             blocks.append(result.only(self.loss.reads))
         daily = {name: torch.cat([b.daily[name] for b in blocks], dim=1) for name in blocks[0].daily}
@@ -186,7 +186,7 @@ class Objective:
         for first, stop in _cuts(run.batch.n_days, self.truncation_days):
             meeting = last and stop == run.batch.n_days
             with nullcontext() if meeting else model.no_sync():
-                result = model(run.batch.days(first, stop), state)
+                result = model(run.batch.days(first, stop), state, self.loss.reads)
                 pairs = list(_pairs(result, wanted, first, stop))
                 if meeting:
                     # DDP waits for every parameter, also for those that a short block does not need

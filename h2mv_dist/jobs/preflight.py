@@ -12,7 +12,9 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import psutil
@@ -24,13 +26,22 @@ import h2mv_dist
 from h2mv_dist.config import Settings, canonical_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
+from h2mv_dist.jobs.code_path import COMPILED, EAGER
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
+from h2mv_dist.model.days import no_compiler_because
 
-BYTES_PER_HIDDEN: Final = 44
-BYTES_PER_CELL_DAY: Final = 1600
-"""What a graph keeps of each simulated day of a cell, and for each hidden unit on top; measured."""
+GRAPH_BYTES: Final[Mapping[tuple[str, bool], tuple[int, int]]] = MappingProxyType(
+    {
+        (EAGER, False): (105, 600),
+        (EAGER, True): (55, 600),
+        (COMPILED, False): (26, 200),
+        (COMPILED, True): (3, 50),
+    }
+)
+"""(code path, recomputed) -> bytes of a graph for each simulated day of a cell: for each hidden unit, and on
+top; measured with what is lost between arrays, of which eager code makes many of different sizes."""
 SPARE_DISK: Final = 256 * 2**20
 """Free bytes a host's cache disk must have left after staging."""
 
@@ -53,17 +64,41 @@ def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) 
         "data": staged.path.name,
         "free_memory": _free_memory(device),
         "free_disk": shutil.disk_usage(staged.path).free,
-        "needed_memory": step_bytes(settings, staged.period.n_days),
+        "no_compiler": no_compiler_because(),
+        "needed_memory": least_step_bytes(settings, staged.period.n_days),
     }
 
 
-def step_bytes(settings: Settings, n_days: int) -> int:
+def least_step_bytes(settings: Settings, n_days: int) -> int:
+    """The least that :func:`step_bytes` can be with these settings."""
+    wanted, recompute = settings.training.code_path, settings.training.recompute
+    paths = (EAGER, COMPILED) if wanted == "auto" else (wanted,)
+    ways = (False, True) if recompute is None else (recompute,)
+    return min(step_bytes(settings, n_days, path, way) for path, way in product(paths, ways))
+
+
+def step_bytes(settings: Settings, n_days: int, code_path: str, recompute: bool) -> int:
     """About what the graph of one step over ``n_days`` keeps on each rank, bytes."""
     training = settings.training
     share = -(-training.batch_size // training.ranks)
     cells = min(share, training.cells_at_once or share)
     n_days = min(n_days, training.truncation_days or n_days)
-    return cells * n_days * (BYTES_PER_HIDDEN * settings.model.hidden + BYTES_PER_CELL_DAY)
+    for_each_hidden, on_top = GRAPH_BYTES[code_path, recompute]
+    return cells * n_days * (for_each_hidden * settings.model.hidden + on_top)
+
+
+def must_recompute(settings: Settings, n_days: int, code_path: str, everyone: Sequence[Facts]) -> bool:
+    """Whether a graph would not fit into the memory of any rank otherwise, if settings leave it open."""
+    if settings.training.recompute is not None:
+        return settings.training.recompute
+    needed = step_bytes(settings, n_days, code_path, False)
+    return any(needed * _sharing(facts, everyone) > facts["free_memory"] for facts in everyone)
+
+
+def _sharing(facts: Facts, everyone: Sequence[Facts]) -> int:
+    """How many ranks share the memory of one."""
+    same_host = sum(other["host"] == facts["host"] for other in everyone)
+    return same_host if facts["device"].startswith("cpu") else 1
 
 
 def agree(
@@ -122,12 +157,11 @@ def check(everyone: Sequence[Facts]) -> None:
             own, shared = "a device of its own", facts["device"]
             raise JobError(_described("two ranks share a device", rank, facts, own, shared, fix))
     for rank, facts in enumerate(everyone):
-        _check_room(rank, facts, sum(other["host"] == facts["host"] for other in everyone))
+        _check_room(rank, facts, _sharing(facts, everyone))
 
 
-def _check_room(rank: int, facts: Facts, ranks_on_host: int) -> None:
-    shared = ranks_on_host if facts["device"].startswith("cpu") else 1
-    needed = facts["needed_memory"] * shared
+def _check_room(rank: int, facts: Facts, sharing: int) -> None:
+    needed = facts["needed_memory"] * sharing
     free = f"{format_bytes(facts['free_memory'])} free"
     if needed > facts["free_memory"]:
         fix = "set training.cells_at_once, lower training.batch_size, or raise training.ranks"

@@ -141,6 +141,7 @@ class TileSimulation:
         self.source, self.spec, self.ensemble, self.tile, self.days = source, spec, ensemble, tile, days
         self.daily = [name for name in outputs if name in spec.daily or name in spec.anomalies]
         self.monthly = monthly
+        self.kept = kept_outputs(spec, self.daily)
         self.once = [name for name in outputs if name in spec.static]
         land = source.grid.mask[tile.slices]
         self.static = torch.from_numpy(source.read_static(tile)[land])
@@ -252,8 +253,14 @@ class TileSimulation:
             ) -> None:
                 receive(_Part(member, cells, days, tuple(values[member] for values in before)), result)
 
-            after.append(self.ensemble.run(piece, before, take))
+            after.append(self.ensemble.run(piece, before, take, self.kept))
         return tuple(torch.cat(values, dim=1) for values in zip(*after, strict=True))
+
+
+def kept_outputs(spec: ModelSpec, daily: Sequence[str]) -> frozenset[str]:
+    """What a model must compute for these outputs, and for the check of its budget."""
+    stores = (spec.anomalies.get(name, name) for name in daily)
+    return frozenset((*stores, *(spec.budget.terms if spec.budget else ())))
 
 
 def even_parts(n_items: int, at_most: int) -> list[slice]:

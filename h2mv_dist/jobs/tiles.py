@@ -23,9 +23,10 @@ from h2mv_dist.io.cube_store import publish_further
 from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
+from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
 from h2mv_dist.jobs.memory import keep_freed_memory
-from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of
+from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of, kept_outputs
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
@@ -76,9 +77,12 @@ def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileC
     """
     keep_freed_memory()
     rollbacks = planned.progress.rollbacks if planned.progress else ()
+    members = [checkpoint.build_model() for checkpoint in planned.checkpoints]
+    ensemble = Ensemble(members, inference_device(), compiled=compiles_here(planned.code_path))
+    ensemble.warm_up(kept_outputs(planned.spec, planned.layout.daily))
     return TileContext(
         plan=planned,
-        ensemble=Ensemble([c.build_model() for c in planned.checkpoints], inference_device()),
+        ensemble=ensemble,
         cube=Sink.open(cube, planned.layout, options),
         ledger=Ledger(cube, options, rollbacks),
         snapshots=Snapshots(cube, options, planned.layout.fingerprint, rollbacks),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -29,15 +29,17 @@ from h2mv_dist.io.folds import Fold, fit_scaler, make_folds, require_observation
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
+from h2mv_dist.jobs.code_path import COMPILED, EAGER, chosen_path
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
+from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts, must_recompute
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
 from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import chosen_targets, model_kind
+from h2mv_dist.model.rollout import warm_up
 from h2mv_dist.spec import Scaler
 
 MEETING_TIMEOUT: Final = timedelta(hours=6)
@@ -50,6 +52,8 @@ STORE_PATIENCE_SECONDS: Final = 3600.0
 """How long a rank waits for a store that has no space left before it gives up."""
 OPTIMIZER_PREFIX: Final = "optimizer/"
 PART_STATISTICS: Final = "epoch/statistics"
+PASSES: Final = 4
+"""Spin-up, run, and two for going backward."""
 _CHECKED: Final = ("model", "fold", "scaler", "static features")
 
 Emit = Callable[..., None]
@@ -166,7 +170,8 @@ def train_rank(
 
     def decide(everyone: Sequence[Facts]) -> dict[str, Any]:
         claimed.append(job.fold(message["fold"]).claim(place.attempt, place.gang))
-        return decided(claimed[0].record, place, settings, device, nthreads, everyone)
+        begun = Begun(claimed[0].record, place.world, device.type)
+        return decided(begun, settings, work_of(settings, staged, place.world), nthreads, everyone)
 
     # hosts may take very different times to stage
     with beating(emit):
@@ -175,6 +180,7 @@ def train_rank(
         store = meet(place)
         decisions = agree(store, place, gather_facts(settings, staged, device), decide)
         torch.set_num_threads(decisions["threads"])
+        way = Way(decisions["code_path"] == COMPILED, decisions["recompute"])
         fold = make_folds(staged.grid, settings.folds)[message["fold"]]
         require_observations(staged, fold, "validation")
         scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
@@ -184,7 +190,7 @@ def train_rank(
         record = job.fold(fold.index)
         # cells may take long to reach a device
         with beating(emit):
-            run = FoldRun(settings, staged, fold, scaler, ranks, record, writer, store, emit, leave)
+            run = FoldRun(settings, staged, fold, scaler, way, ranks, record, writer, store, emit, leave)
         return run.train(message["submitted"])
 
 
@@ -214,36 +220,76 @@ def _source_seen_by_client(settings: Settings, key: str, options: StorageOptions
     return source
 
 
+class Way(NamedTuple):
+    """How a rank runs its model.
+
+    Attributes:
+        compiled: as compiled code.
+        recompute: blocks of days once more when going backward.
+    """
+
+    compiled: bool
+    recompute: bool
+
+
+class Work(NamedTuple):
+    """What there is to do.
+
+    Attributes:
+        n_days: of the data.
+        cell_days: that a rank simulates at least, unless the loss stops being finite; backward counts twice.
+    """
+
+    n_days: int
+    cell_days: float
+
+
+def work_of(settings: Settings, staged: StagedCells, world: int) -> Work:
+    """The work of a fold."""
+    training, n_days = settings.training, staged.period.n_days
+    epochs = min(training.epochs, training.patience + 1)
+    return Work(n_days, epochs * len(staged.forcing) * n_days * PASSES / world)
+
+
+class Begun(NamedTuple):
+    """The fold, and where it is trained."""
+
+    record: FoldRecord
+    ranks: int
+    device: str
+
+
 def decided(
-    record: FoldRecord,
-    place: Place,
-    settings: Settings,
-    device: torch.device,
-    nthreads: int,
-    everyone: Sequence[Facts],
+    begun: Begun, settings: Settings, work: Work, nthreads: int, everyone: Sequence[Facts]
 ) -> dict[str, Any]:
     """What defaults stand for here; written before the first step, and read back by every later attempt.
 
     Raises:
-        JobError: the fold was begun on another kind of device or number of ranks, so numbers would differ.
+        ConfigError: compiled code is asked for where there is no compiler.
+        JobError: the fold was begun in a way that is not possible here, so numbers would differ.
     """
-    ours = {"ranks": place.world, "device": device.type, "code_path": "eager"}
-    found = record.decisions()
+    ours = {"ranks": begun.ranks, "device": begun.device}
+    obstacle = next(filter(None, (facts["no_compiler"] for facts in everyone)), "")
+    found = begun.record.decisions()
     if found is None:
-        threads = settings.training.threads or nthreads
-        found = record.settle({**ours, "threads": threads, "facts": list(everyone)})
-    theirs = {key: found[key] for key in ours}
-    if theirs != ours:
+        training = settings.training
+        path = chosen_path(training.code_path, begun.device, work.cell_days, obstacle, "training.code_path")
+        recompute = must_recompute(settings, work.n_days, path, everyone)
+        choices = {"threads": training.threads or nthreads, "code_path": path, "recompute": recompute}
+        found = begun.record.settle({**ours, **choices, "facts": list(everyone)})
+    here = {**ours, "code_path": EAGER if obstacle else found["code_path"]}
+    theirs = {key: found[key] for key in here}
+    if theirs != here:
         raise JobError(
             describe(
                 "the fold was begun in another way",
-                where=record.url,
+                where=begun.record.url,
                 expected=str(theirs),
-                actual=str(ours),
+                actual=f"{here}" + (f" ({obstacle})" if obstacle else ""),
                 fix="resume it where it was begun, or choose another job folder",
             )
         )
-    return {key: value for key, value in found.items() if key in (*ours, "threads")}
+    return {key: found[key] for key in (*here, "threads", "recompute")}
 
 
 @contextmanager
@@ -327,6 +373,7 @@ class FoldRun:
         staged: StagedCells,
         fold: Fold,
         scaler: Scaler,
+        way: Way,
         ranks: Ranks,
         record: FoldRecord,
         writer: FoldWriter | None,
@@ -343,6 +390,7 @@ class FoldRun:
         multiply_in(self.model, self.training.precision)
         self.bank = CellBank.open(staged, fold, ranks.device)
         self.loss = model_kind(settings.model.name).loss(scaler)
+        self._prepare(way)
         self.objective = Objective(
             loss=self.loss,
             spinup_days=self.training.spinup_days,
@@ -358,6 +406,14 @@ class FoldRun:
         )
         self.progress = Progress()
         self.part = self._new_epoch()
+
+    def _prepare(self, way: Way) -> None:
+        """Make the model ready to run in the way that was decided on."""
+        share = -(-self.training.batch_size // self.ranks.world)
+        self.model.compiled, self.model.recompute = way.compiled, way.recompute
+        self.model.width = min(share, self.training.cells_at_once or share)
+        if way.compiled:
+            warm_up(self.model, self.loss.reads, gradient=True)
 
     def train(self, submitted: float) -> dict[str, Any] | None:
         """Train until the loss stops falling or all epochs are done.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from h2mv_dist.model.days import CompiledBlock, DayBlock, Prepared, compiled_width, padded, run_days
 from h2mv_dist.spec import ModelSpec, Scaler
 
 State = tuple[Tensor, ...]
@@ -172,18 +173,80 @@ class ProcessModel(nn.Module, ABC):
     """A differentiable land model that maps (Batch, State) to a Result.
 
     A model z-scores what its networks read with its own ``scaler``; physics uses the inputs as they are.
+
+    Attributes:
+        compiled: whether blocks of days run as compiled code.
+        width: cells that batches are filled up to where they run with gradients and compiled; those of each
+            batch if None.
+        recompute: whether the way back computes blocks of days once more, instead of remembering them.
     """
 
     spec: ModelSpec
     scaler: Scaler
+    compiled: bool = False
+    width: int | None = None
+    recompute: bool = False
 
     @abstractmethod
     def initial_state(self, n_cells: int) -> State:
         """Empty stores and untouched memory, each [cell, ...]."""
 
     @abstractmethod
-    def forward(self, batch: Batch, state: State) -> Result:
-        """Run every day of the batch, starting from ``state``."""
+    def prepare(self, static: Tensor) -> Prepared:
+        """Everything that is the same every day, from static features [feature, cell]."""
+
+    @staticmethod
+    @abstractmethod
+    def outputs_without_days(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Static outputs [cell], and constants."""
+
+    @staticmethod
+    @abstractmethod
+    def day_block(
+        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+    ) -> tuple[tuple[Tensor, ...], State]:
+        """Run some days; see :data:`h2mv_dist.model.days.DayBlock`."""
+
+    def forward(self, batch: Batch, state: State, keep: Collection[str] | None = None) -> Result:
+        """Run every day of the batch.
+
+        Args:
+            batch: forcing and static features; targets are ignored.
+            state: before the first day.
+            keep: daily outputs to return; all if None.
+        """
+        names = tuple(name for name in self.spec.daily if keep is None or name in keep)
+        # nothing to compute: what is compiled would be compiled once more for it
+        compiled = self.compiled and batch.n_cells > 0
+        block: DayBlock = CompiledBlock(type(self).day_block) if compiled else self.day_block
+        wanted = self.width if torch.is_grad_enabled() else None
+        width = compiled_width(batch.n_cells, wanted) if compiled else batch.n_cells
+
+        def columns(tensor: Tensor) -> Tensor:
+            """Cells last."""
+            return padded(tensor.movedim(0, -1), width)
+
+        prepared = self.prepare(columns(batch.static))
+        daily, last = run_days(
+            block,
+            prepared,
+            columns(batch.forcing),
+            tuple(columns(part) for part in state),
+            names,
+            recompute=self.recompute,
+        )
+        static, constants = self.outputs_without_days(prepared)
+
+        def rows(tensor: Tensor) -> Tensor:
+            """Cells first."""
+            return tensor[..., : batch.n_cells].movedim(-1, 0)
+
+        return Result(
+            daily={name: rows(values) for name, values in daily.items()},
+            static={name: rows(values) for name, values in static.items()},
+            constants=constants,
+            state=tuple(rows(part) for part in last),
+        )
 
 
 def detach(state: State) -> State:

@@ -4,13 +4,14 @@ On a GPU their weights and scalers are stacked, and each product and each law is
 a CPU they run one after the other: what they compute then stays in the core's caches, which is faster.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from h2mv_dist.model.base import Batch, ProcessModel, Result, State
+from h2mv_dist.model.rollout import warm_up
 
 Receive = Callable[[int, Result], None]
 """Takes what it needs of a member's result, which is gone when the next member's comes."""
@@ -26,17 +27,29 @@ class Ensemble:
     Attributes:
         models: the members.
         device: where they run.
-        together: whether all run in the same calls.
+        together: whether all run in the same calls; then as written, not compiled.
     """
 
     def __init__(
-        self, models: Sequence[ProcessModel], device: torch.device, together: bool | None = None
+        self,
+        models: Sequence[ProcessModel],
+        device: torch.device,
+        together: bool | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.models = tuple(model.to(device).eval() for model in models)
         self.device = device
         self.together = device.type == "cuda" if together is None else together
+        for model in self.models:
+            model.compiled = compiled and not self.together
         weights, self._buffers = stack_module_state(list(self.models))
         self._weights = {name: weight.detach() for name, weight in weights.items()}
+
+    def warm_up(self, keep: Collection[str] | None) -> None:
+        """Compile what :meth:`run` will need for these outputs, or find it on disk; only if that is to be."""
+        if self.models[0].compiled:
+            warm_up(self.models[0], keep)
 
     def initial_state(self, n_cells: int) -> State:
         """Empty stores and untouched memory."""
@@ -44,35 +57,35 @@ class Ensemble:
         return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
 
     @torch.no_grad()
-    def run(self, block: Batch, state: State, receive: Receive) -> State:
+    def run(self, block: Batch, state: State, receive: Receive, keep: Collection[str] | None = None) -> State:
         """Run all members over a block of days, without gradients.
 
         Args:
             block: forcing and static features.
             state: before its first day.
             receive: is given each member's result, on the ensemble's device.
+            keep: daily outputs to compute; all if None.
 
         Returns:
             The state after its last day.
         """
         block = block.to(self.device)
-        return (
-            self._run_together(block, state, receive)
-            if self.together
-            else self._run_each(block, state, receive)
-        )
+        run = self._run_together if self.together else self._run_each
+        return run(block, state, receive, keep)
 
-    def _run_each(self, block: Batch, state: State, receive: Receive) -> State:
+    def _run_each(self, block: Batch, state: State, receive: Receive, keep: Collection[str] | None) -> State:
         after = []
         for member, model in enumerate(self.models):
-            result: Result = model(block, tuple(part[member] for part in state))
+            result: Result = model(block, tuple(part[member] for part in state), keep)
             receive(member, result)
             after.append(result.state)
         return tuple(torch.stack(parts) for parts in zip(*after, strict=True))
 
-    def _run_together(self, block: Batch, state: State, receive: Receive) -> State:
+    def _run_together(
+        self, block: Batch, state: State, receive: Receive, keep: Collection[str] | None
+    ) -> State:
         def one(weights: dict[str, Tensor], buffers: dict[str, Tensor], *state: Tensor) -> _Outputs:
-            result: Result = functional_call(self.models[0], (weights, buffers), (block, state))
+            result: Result = functional_call(self.models[0], (weights, buffers), (block, state, keep))
             return dict(result.daily), dict(result.static), dict(result.constants), result.state
 
         *outputs, after = vmap(one)(self._weights, self._buffers, *state)

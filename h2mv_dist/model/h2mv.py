@@ -1,11 +1,10 @@
 """H2MV: hybrid hydrological model with vegetation (water + fAPAR).
 
-Source: H2MV v1.0, Geosci. Model Dev. 18, 2921 (2025), doi 10.5194/gmd-18-2921-2025. Inside the day loop every
-quantity is a column [cell, 1]; what does not depend on yesterday is computed for all days before the loop,
-what no later day needs is computed after it.
+Source: H2MV v1.0, Geosci. Model Dev. 18, 2921 (2025), doi 10.5194/gmd-18-2921-2025. In a block of days every
+quantity of a day is a vector [cell]; what does not depend on yesterday is computed for all days of the block
+before the loop, what no later day needs is computed after it.
 """
 
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from h2mv_dist.model import water
-from h2mv_dist.model.base import Batch, ProcessModel, Result, State
-from h2mv_dist.model.networks import FeedbackLSTM, Memory, StaticEncoder
+from h2mv_dist.model.base import ProcessModel, State
+from h2mv_dist.model.days import Prepared
+from h2mv_dist.model.networks import DayWeights, FeedbackLSTM, Memory, StaticEncoder
 from h2mv_dist.spec import Budget, ModelSpec, Scaler
 
 SPEC: Final = ModelSpec(
@@ -73,15 +73,13 @@ SPEC: Final = ModelSpec(
 
 STATE_SCALE: Final = (100.0, 200.0, 200.0, 1.0)
 """What SWE, SM, GW and fAPAR are divided by before the network reads them."""
-GATE_DAYS: Final = 8
-"""Days whose known gates are computed in one product."""
 CAPACITY_OFFSET: Final = 100.0
 SNOWFALL_START: Final = 3.0
 BASEFLOW_START: Final = -6.0
 
 
 class Learned(NamedTuple):
-    """What the network sets each day, each [cell, 1]; units in ``variables.py``."""
+    """What the network sets each day, each [cell]; units in ``variables.py``."""
 
     melt_factor: Tensor
     interception_capacity: Tensor
@@ -93,7 +91,7 @@ class Learned(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """The physical states in the order the network reads them, each [cell, 1]."""
+    """The physical states in the order the network reads them, each [cell]."""
 
     snow_water_equivalent: Tensor
     soil_moisture: Tensor
@@ -102,7 +100,7 @@ class Stores(NamedTuple):
 
 
 class Fluxes(NamedTuple):
-    """What one day moves, each [cell, 1]."""
+    """What one day moves, each [cell]."""
 
     snowmelt: Tensor
     interception_evaporation: Tensor
@@ -119,7 +117,7 @@ class Fluxes(NamedTuple):
 
 
 class Weather(NamedTuple):
-    """Forcing as physics needs it, [cell, time], or [cell, 1] for one day."""
+    """Forcing as physics needs it, [day, cell], or [cell] for one day."""
 
     energy: Tensor
     snowfall: Tensor
@@ -167,6 +165,29 @@ def physics_day(
     return Stores(snow.swe, soil.soil_moisture, ground.storage, learned.fapar), fluxes
 
 
+class Shared(NamedTuple):
+    """What days and cells share: weights, statistics of the forcing [var, 1] in its units, two shares."""
+
+    network: DayWeights
+    forcing_mean: Tensor
+    forcing_std: Tensor
+    snowfall_correction: Tensor
+    baseflow_recession: Tensor
+
+
+class CellShared(NamedTuple):
+    """What the days of a cell share: gates [4 hidden, cell], all else [cell].
+
+    Shares that are the same in all cells are here, too: their gradients are then added up cell by cell over
+    the days, and lose less to rounding.
+    """
+
+    constant_gates: Tensor
+    capacity: Tensor
+    snowfall_correction: Tensor
+    baseflow_recession: Tensor
+
+
 class H2MV(ProcessModel):
     """The published model; the number of static features and the widths are sizes of the model."""
 
@@ -198,63 +219,81 @@ class H2MV(ProcessModel):
         stores = tuple(like.new_zeros(n_cells) for _ in Stores._fields)
         return (*stores, like.new_zeros(n_cells, self.hidden), like.new_zeros(n_cells, self.hidden))
 
-    def forward(self, batch: Batch, state: State) -> Result:
-        """Run every day of the batch, starting from ``state``."""
-        encoding = self.fc_static((batch.static - self.static_mean) / self.static_std)
-        capacity = functional.softplus(encoding.heads + CAPACITY_OFFSET) + 1.0
-        weather = self._weather(batch.forcing)
-        days, last = self._run_days(batch.forcing, encoding.condensed, weather, capacity, state)
-        return Result(
-            daily=_daily_outputs(days, weather, capacity),
-            static={"soil_moisture_capacity": capacity.squeeze(1)},
-            constants={
-                "snowfall_correction": self.beta_snow.sigmoid(),
-                "baseflow_recession": self.beta_baseflow.sigmoid(),
-            },
-            state=last,
+    def prepare(self, static: Tensor) -> Prepared:
+        """Everything that is the same every day, from static features [feature, cell]."""
+        scaled = (static - self.static_mean.unsqueeze(1)) / self.static_std.unsqueeze(1)
+        encoding = self.fc_static(scaled)
+        capacity = functional.softplus(encoding.heads.squeeze(0) + CAPACITY_OFFSET) + 1.0
+        n_forcing = len(self.spec.forcing)
+        shared = Shared(
+            self.lstm_fc.day_weights(n_forcing, self.state_scale),
+            self.forcing_mean.unsqueeze(1),
+            self.forcing_std.unsqueeze(1),
+            self.beta_snow.sigmoid(),
+            self.beta_baseflow.sigmoid(),
         )
+        constant = self.lstm_fc.constant_gates(n_forcing, encoding.condensed)
+        shares = (
+            share.repeat(static.shape[1]) for share in (shared.snowfall_correction, shared.baseflow_recession)
+        )
+        return Prepared(shared, CellShared(constant, capacity, *shares))
 
-    def _weather(self, forcing: Tensor) -> Weather:
-        net_radiation, precipitation, kelvin = forcing.unbind(dim=2)
-        celsius = kelvin - water.ZERO_CELSIUS
-        phase = water.precipitation_phase(precipitation, celsius, self.beta_snow.sigmoid())
-        energy = water.available_energy(net_radiation)
-        return Weather(energy, phase.snowfall, phase.rainfall, celsius.clamp(min=0.0))
+    @staticmethod
+    def outputs_without_days(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Static outputs [cell], and constants."""
+        shared, cells = _typed(prepared)
+        constants = {
+            "snowfall_correction": shared.snowfall_correction,
+            "baseflow_recession": shared.baseflow_recession,
+        }
+        return {"soil_moisture_capacity": cells.capacity}, constants
 
-    def _run_days(
-        self, forcing: Tensor, condensed: Tensor, weather: Weather, capacity: Tensor, state: State
-    ) -> tuple[dict[str, Tensor], State]:
+    @staticmethod
+    def day_block(
+        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+    ) -> tuple[tuple[Tensor, ...], State]:
+        """Run some days; see :data:`h2mv_dist.model.days.DayBlock`."""
+        shared, cells = _typed(prepared)
+        weather = _weather(forcing, cells.snowfall_correction)
         *columns, hidden, cell = state
-        stores, memory = Stores(*(c.unsqueeze(1) for c in columns)), Memory(hidden, cell)
-        weights = self.lstm_fc.day_weights(self.state_scale)
-        recession = self.beta_baseflow.sigmoid()
+        stores, memory = Stores(*columns), Memory(hidden, cell)
         history: list[tuple[Tensor, ...]] = []
-        gates = self._known_gates(forcing, condensed)
-        for known, *today in zip(gates, *(w.split(1, dim=1) for w in weather), strict=True):
-            memory = self.lstm_fc.step(known, stores, memory, weights)
-            learned = _activate(self.lstm_fc.heads(memory.hidden, weights))
-            stores, fluxes = physics_day(stores, Weather(*today), learned, capacity, recession)
+        scaled = (forcing - shared.forcing_mean) / shared.forcing_std
+        for today, *skies in zip(scaled, *weather, strict=True):
+            memory = FeedbackLSTM.step(cells.constant_gates, today, stores, memory, shared.network)
+            learned = _activate(FeedbackLSTM.heads(memory.hidden, shared.network))
+            stores, fluxes = physics_day(
+                stores, Weather(*skies), learned, cells.capacity, cells.baseflow_recession
+            )
             history.append((*learned[:-1], *stores, *fluxes))
-        names = (*Learned._fields[:-1], *Stores._fields, *Fluxes._fields)
-        days = {name: torch.cat(c, dim=1) for name, c in zip(names, zip(*history, strict=True), strict=True)}
-        return days, (*(s.squeeze(1) for s in stores), *memory)
+        return _outputs(history, weather, cells.capacity, names), (*stores, *memory)
 
-    def _known_gates(self, forcing: Tensor, condensed: Tensor) -> Iterator[Tensor]:
-        """Gates of one day after the other; computed for a few days at a time, so that they stay in cache."""
-        for block in forcing.split(GATE_DAYS, dim=1):
-            scaled = (block - self.forcing_mean) / self.forcing_std
-            yield from self.lstm_fc.known_gates(scaled, condensed).unbind(0)
+
+def _typed(prepared: Prepared) -> tuple[Shared, CellShared]:
+    return Shared(*prepared.weights), CellShared(*prepared.cells)
+
+
+def _weather(forcing: Tensor, snowfall_correction: Tensor) -> Weather:
+    net_radiation, precipitation, kelvin = forcing.unbind(1)
+    celsius = kelvin - water.ZERO_CELSIUS
+    phase = water.precipitation_phase(precipitation, celsius, snowfall_correction)
+    energy = water.available_energy(net_radiation)
+    return Weather(energy, phase.snowfall, phase.rainfall, celsius.clamp(min=0.0))
 
 
 def _activate(heads: Tensor) -> Learned:
     """Melt factor and interception capacity are positive, all others lie between 0 and 1."""
-    positive = functional.softplus(heads[:, :2]).split(1, dim=1)
-    fractions = heads[:, 2:].sigmoid().split(1, dim=1)
-    return Learned(*positive, *fractions)
+    return Learned(*functional.softplus(heads[:2]), *heads[2:].sigmoid())
 
 
-def _daily_outputs(days: dict[str, Tensor], weather: Weather, capacity: Tensor) -> dict[str, Tensor]:
-    """Complete what the day loop kept by everything that follows from it, each [cell, time]."""
+def _outputs(
+    history: list[tuple[Tensor, ...]], weather: Weather, capacity: Tensor, names: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """The outputs of these names, each [day, cell], from what the loop kept and what follows from it."""
+    if not names:
+        return ()
+    kept = (*Learned._fields[:-1], *Stores._fields, *Fluxes._fields)
+    days = {name: torch.stack(c) for name, c in zip(kept, zip(*history, strict=True), strict=True)}
     evapotranspiration = days["interception_evaporation"] + days["soil_evaporation"] + days["transpiration"]
     storage = days["snow_water_equivalent"] + days["groundwater_storage"] + days["soil_moisture"]
     derived = {
@@ -268,4 +307,4 @@ def _daily_outputs(days: dict[str, Tensor], weather: Weather, capacity: Tensor) 
         "terrestrial_water_storage": storage,
     }
     complete = days | derived
-    return {name: complete[name] for name in SPEC.daily}
+    return tuple(complete[name] for name in names)

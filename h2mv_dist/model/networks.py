@@ -4,7 +4,7 @@ Their products, and nothing else, may be computed in a lower precision: paramete
 comes out keep theirs, so physics and states never see it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -19,48 +19,48 @@ PRECISIONS: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
 
 
 class _LoweredProduct(torch.autograd.Function):
-    """``left @ right``, computed from lowered factors in both directions.
+    """``weight @ values``, computed from lowered factors in both directions.
 
     Autograd's own casts would add up a weight's gradient over all days in the lowered precision, where small
     summands vanish; here each summand leaves in the precision of the factors.
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, lowered_right: Tensor) -> Tensor:
-        lowered_left = left.to(lowered_right.dtype)
-        ctx.save_for_backward(lowered_left, lowered_right)
-        return (lowered_left @ lowered_right).to(left.dtype)
+    def forward(ctx: Any, weight: Tensor, values: Tensor, lowered_weight: Tensor) -> Tensor:
+        lowered_values = values.to(lowered_weight.dtype)
+        ctx.save_for_backward(lowered_weight, lowered_values)
+        return (lowered_weight @ lowered_values).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        lowered_left, lowered_right = ctx.saved_tensors
-        lowered = slope.to(lowered_right.dtype)
-        left = right = None
+        lowered_weight, lowered_values = ctx.saved_tensors
+        lowered = slope.to(lowered_weight.dtype)
+        weight = values = None
         if ctx.needs_input_grad[0]:
-            left = (lowered @ lowered_right.T).to(slope.dtype)
+            weight = (lowered @ lowered_values.T).to(slope.dtype)
         if ctx.needs_input_grad[1]:
-            right = (lowered_left.flatten(0, -2).T @ lowered.flatten(0, -2)).to(slope.dtype)
-        return left, right, None
+            values = (lowered_weight.T @ lowered).to(slope.dtype)
+        return weight, values, None
 
 
 class Factor(NamedTuple):
-    """The right factor of products, and its copy in their precision; None where that is its own."""
+    """The weight of products, and its copy in their precision, if that is another one; [output, feature]."""
 
     value: Tensor
     lowered: Tensor | None
 
-    def times(self, left: Tensor) -> Tensor:
-        """``left @ value``, of the type of ``left``, [..., column]."""
+    def times(self, values: Tensor) -> Tensor:
+        """``value @ values``, [output, cell] of the type of ``values`` [feature, cell]."""
         if self.lowered is None:
-            return left @ self.value
-        product: Tensor = _LoweredProduct.apply(left, self.value, self.lowered)  # type: ignore[no-untyped-call]
+            return self.value @ values
+        product: Tensor = _LoweredProduct.apply(self.value, values, self.lowered)  # type: ignore[no-untyped-call]
         return product
 
-    def times_plus(self, left: Tensor, summand: Tensor) -> Tensor:
-        """``left @ value + summand``, of the type of ``left``, [row, column]."""
+    def times_plus(self, values: Tensor, summand: Tensor) -> Tensor:
+        """``value @ values + summand``, [output, cell]."""
         if self.lowered is None:
-            return torch.addmm(summand, left, self.value)
-        return self.times(left) + summand
+            return torch.addmm(summand, self.value, values)
+        return self.times(values) + summand
 
 
 class Network(nn.Module):
@@ -77,8 +77,8 @@ class Network(nn.Module):
         return Factor(weight, None if self.precision is None else weight.detach().to(self.precision))
 
     def layer(self, layer: nn.Linear, values: Tensor) -> Tensor:
-        """Apply a layer to [row, feature]."""
-        return self.factor(layer.weight.T).times_plus(values, layer.bias)
+        """Apply a layer to [feature, cell]."""
+        return self.factor(layer.weight).times_plus(values, layer.bias.unsqueeze(1))
 
 
 def multiply_in(model: nn.Module, precision: str) -> None:
@@ -89,7 +89,7 @@ def multiply_in(model: nn.Module, precision: str) -> None:
 
 
 class Encoding(NamedTuple):
-    """Condensed features [cell, condensed] and one column a head [cell, head]."""
+    """Condensed features [condensed, cell] and one row a head [head, cell]."""
 
     condensed: Tensor
     heads: Tensor
@@ -105,14 +105,14 @@ class StaticEncoder(Network):
         self.fc3 = nn.Linear(condensed, heads)
 
     def forward(self, static: Tensor) -> Encoding:
-        """Encode z-scored static features [cell, feature]."""
+        """Encode z-scored static features [feature, cell]."""
         encoded = functional.leaky_relu(self.layer(self.fc1, static))
         condensed = functional.leaky_relu(self.layer(self.fc2, encoded))
         return Encoding(condensed, self.layer(self.fc3, condensed))
 
 
 class Memory(NamedTuple):
-    """Hidden and cell state of an LSTM, each [cell, hidden]."""
+    """Hidden and cell state of an LSTM, each [hidden, cell]."""
 
     hidden: Tensor
     cell: Tensor
@@ -122,21 +122,24 @@ class DayWeights(NamedTuple):
     """What every day's products share.
 
     Attributes:
-        feedback: of [hidden, states / scale] in the gates, [hidden + state, 4 hidden].
-        heads: of the hidden state in the heads, [hidden, head].
-        bias: of the heads, [head].
+        daily: of forcing in the gates, [4 hidden, var].
+        feedback: of hidden state and physical states in the gates, [4 hidden, hidden + state].
+        heads: of the hidden state in the heads, [head, hidden].
+        bias: of the heads, [head, 1].
     """
 
+    daily: Tensor
     feedback: Factor
     heads: Factor
     bias: Tensor
 
 
 class FeedbackLSTM(Network):
-    """An LSTM cell whose last inputs are yesterday's physical states.
+    """An LSTM cell whose last inputs are yesterday's physical states; gate order i, f, g, o.
 
-    The part of the gates that is known before the first day (``known_gates``) is computed for all days in
-    one product; a day then needs one product only, of hidden and physical states.
+    What static features add to the gates is computed once; a day needs one product, of hidden and physical
+    states. The few forcing variables are added up one by one, which costs less than a product with so few
+    columns, and nothing at all where a compiler fuses it with what follows.
     """
 
     def __init__(self, known: int, states: int, hidden: int, heads: int) -> None:
@@ -145,37 +148,52 @@ class FeedbackLSTM(Network):
         self.fc = nn.Linear(hidden, heads)
         self.known = known
 
-    def known_gates(self, forcing: Tensor, static: Tensor) -> Tensor:
-        """Gates [time, cell, 4 hidden] from z-scored forcing [cell, time, var] and static [cell, feature]."""
-        weight = self.lstm_cell.weight_ih[:, : self.known]
-        daily, constant = weight.split([forcing.shape[2], static.shape[1]], dim=1)
-        bias = self.lstm_cell.bias_ih + self.lstm_cell.bias_hh
-        constant_part = self.factor(constant.T).times(static) + bias
-        return self.factor(daily.T).times(forcing.transpose(0, 1)) + constant_part
-
-    def day_weights(self, scale: Tensor) -> DayWeights:
+    def day_weights(self, n_forcing: int, scale: Tensor) -> DayWeights:
         """Weights for :meth:`step` and :meth:`heads`; physical states are divided by ``scale``, [state]."""
         states = self.lstm_cell.weight_ih[:, self.known :] / scale
-        feedback = torch.cat([self.lstm_cell.weight_hh, states], dim=1).T
-        return DayWeights(self.factor(feedback), self.factor(self.fc.weight.T), self.fc.bias)
+        feedback = torch.cat([self.lstm_cell.weight_hh, states], dim=1)
+        return DayWeights(
+            self.lstm_cell.weight_ih[:, :n_forcing],
+            self.factor(feedback),
+            self.factor(self.fc.weight),
+            self.fc.bias.unsqueeze(1),
+        )
+
+    def constant_gates(self, n_forcing: int, static: Tensor) -> Tensor:
+        """What is the same every day: [4 hidden, cell] from static features [feature, cell]."""
+        bias = self.lstm_cell.bias_ih + self.lstm_cell.bias_hh
+        weight = self.lstm_cell.weight_ih[:, n_forcing : self.known]
+        return self.factor(weight).times_plus(static, bias.unsqueeze(1))
 
     @staticmethod
-    def step(known_gates: Tensor, states: tuple[Tensor, ...], memory: Memory, weights: DayWeights) -> Memory:
+    def step(
+        constant: Tensor, forcing: Tensor, states: Sequence[Tensor], memory: Memory, weights: DayWeights
+    ) -> Memory:
         """Advance one day.
 
         Args:
-            known_gates: [cell, 4 hidden], gate order i, f, g, o.
-            states: yesterday's physical states, each [cell, 1].
+            constant: from :meth:`constant_gates`.
+            forcing: of the day, z-scored, [var, cell].
+            states: yesterday's physical states, each [cell].
             memory: yesterday's memory.
             weights: from :meth:`day_weights`.
         """
-        feedback = torch.cat([memory.hidden, *states], dim=1)
-        gates = weights.feedback.times_plus(feedback, known_gates)
-        write, keep, candidate, read = gates.chunk(4, dim=1)
-        cell = keep.sigmoid() * memory.cell + write.sigmoid() * candidate.tanh()
-        return Memory(read.sigmoid() * cell.tanh(), cell)
+        known = constant
+        for weight, values in zip(weights.daily.split(1, dim=1), forcing.unbind(0), strict=True):
+            known = known + weight * values
+        gates = weights.feedback.times_plus(torch.cat([memory.hidden, torch.stack(list(states))]), known)
+        write, keep, candidate, read = gates.chunk(4)
+        cell = keep.sigmoid() * memory.cell + write.sigmoid() * tanh(candidate)
+        return Memory(read.sigmoid() * tanh(cell), cell)
 
     @staticmethod
     def heads(hidden: Tensor, weights: DayWeights) -> Tensor:
-        """One column a head [cell, head] from today's hidden state [cell, hidden]."""
+        """One row a head [head, cell] from today's hidden state [hidden, cell]."""
         return weights.heads.times_plus(hidden, weights.bias)
+
+
+def tanh(values: Tensor) -> Tensor:
+    """Hyperbolic tangent; compiled it is made of the sigmoid, which is several times as fast on a CPU."""
+    if torch.compiler.is_compiling():
+        return 2.0 * torch.sigmoid(2.0 * values) - 1.0
+    return values.tanh()

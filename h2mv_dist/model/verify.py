@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from h2mv_dist.errors import DataError, describe
+from h2mv_dist.errors import ConfigError, DataError, describe
 from h2mv_dist.model.base import Batch, ProcessModel, Result, State, Steps, Target, steps_between
+from h2mv_dist.model.days import no_compiler_because
 from h2mv_dist.model.registry import MODELS, ModelKind
 from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.spec import Moments, Scaler
@@ -113,22 +114,26 @@ def _sort_key(deviation: Deviation) -> float:
     return np.inf if np.isnan(deviation.excess) else deviation.excess
 
 
-def verify(path: str | Path) -> Verification:
-    """Compare the package's model with a golden file.
+def verify(path: str | Path, *, compiled: bool = False) -> Verification:
+    """Compare the package's model, as it is written or compiled, with a golden file.
 
     Raises:
         DataError: the file is not a golden file of a model this package knows.
+        ConfigError: nothing can be compiled here.
     """
+    if compiled and (obstacle := no_compiler_because()):
+        raise ConfigError(f"days cannot be compiled: {obstacle}")
     golden = read_golden(path)
-    return compare(golden, evaluate(golden, path))
+    return compare(golden, evaluate(golden, path, compiled=compiled))
 
 
-def evaluate(golden: Golden, path: str | Path) -> dict[str, Array]:
+def evaluate(golden: Golden, path: str | Path, *, compiled: bool = False) -> dict[str, Array]:
     """What this package's model makes of a golden file's inputs and weights, under the file's names."""
     kind = MODELS["h2mv"]
     model = _model(golden, kind, path)
+    model.compiled = compiled
     batch = _batch(golden, model)
-    state = spin_up(model, batch, None)
+    state = spin_up(model, batch, None, model.spec.daily)
     result = model(batch, state)
     loss_sum = kind.loss(model.scaler)
     loss = loss_sum.value(loss_sum.statistics(result, batch))

@@ -25,7 +25,7 @@ from h2mv_dist.io.times import StepAxis
 from h2mv_dist.jobs.batches import CellBank, fits, gather
 from h2mv_dist.jobs.gradient import GRADIENT_FAULT, LOSS_FAULT, Objective
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.trainer import FoldRun, Ranks, epoch_batches
+from h2mv_dist.jobs.trainer import FoldRun, Ranks, Way, epoch_batches
 from h2mv_dist.model.base import Batch, ProcessModel, Result, Target, detach
 from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.loss import LossSum, StepError
@@ -170,7 +170,9 @@ def test_ranks_in_pieces_have_the_gradient_of_one_graph(case: Case, world: tuple
     for rank in found:
         assert rank.keys() == expected.keys()
         for name, values in expected.items():
-            assert np.abs(rank[name] - values).max() <= 1e-5 * np.abs(values).max(), name
+            # the loss is made of small differences of large stores, which are added up in another order
+            bound = 3e-5 if name in ("loss", "validation") else 1e-5
+            assert np.abs(rank[name] - values).max() <= bound * np.abs(values).max(), name
             np.testing.assert_array_equal(rank[name], found[0][name], err_msg=name)
 
 
@@ -285,6 +287,7 @@ def train_poisoned(rank: int, world: int, folder: Path) -> None:
             staged=staged,
             fold=a_fold(staged),
             scaler=builders.scaler(),
+            way=Way(compiled=False, recompute=False),
             ranks=ranks,
             record=record,
             writer=writer,

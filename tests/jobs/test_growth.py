@@ -109,6 +109,25 @@ def test_days_at_once_equal_days_one_by_one(
     assert len(found.sound) == 2 * 4
 
 
+@pytest.mark.slow
+def test_compiled_days_at_once_equal_compiled_days_one_by_one(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    """Days of a shard run as whole blocks and single days, whatever is computed with them."""
+    compiled = {"code_path": "compiled", "shard_days": 9, "chunk_days": 9}
+    one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
+    for cube in (one, other):
+        infer(client, until(10, world_url, cache, **compiled), job, cube)
+    # a cube goes on as it began
+    undecided = {**compiled, "code_path": "auto"}
+    infer(client, until(28, world_url, cache, **undecided), job, one, append=True)
+    for day in (19, 28):
+        infer(client, until(day, world_url, cache, **undecided), job, other, append=True)
+    assert objects(one, metadata=False) == objects(other, metadata=False)
+    with xr.open_zarr(one, chunks=None) as opened:
+        assert opened.attrs["code_path"] == "compiled"
+
+
 def test_nothing_new_is_said_and_nothing_touched(
     client: Client, world_url: str, cache: Path, job: str, cube: Path
 ) -> None:

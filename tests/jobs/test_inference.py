@@ -75,10 +75,12 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("code_path", ["eager", "compiled"])
 def test_tiled_and_blocked_equal_one_piece(
-    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path, code_path: str
 ) -> None:
-    settings = small_settings(world_url, cache, inference={"members": "all"})
+    """The piece is computed as the model is written."""
+    settings = small_settings(world_url, cache, inference={"members": "all", "code_path": code_path})
     infer(client, settings, job, tmp_path / "cube.zarr")
     planned = plan_inference(settings, job, NO_OPTIONS)
     whole = planned.source.grid.tiles(planned.source.grid.shape)[0]

@@ -17,7 +17,7 @@ from h2mv_dist.jobs import supervisor
 from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
 from h2mv_dist.jobs.tasks import RankError
-from h2mv_dist.jobs.trainer import FoldRun, Ranks
+from h2mv_dist.jobs.trainer import FoldRun, Ranks, Way
 from h2mv_dist.model.registry import chosen_targets, model_kind
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
@@ -54,10 +54,11 @@ class Attempt:
         self.asked, self.beats = 0, 0
         chosen = make_folds(staged.grid, settings.folds)[0]
         writer, ranks = fold.claim(number, f"gang-{number}"), Ranks(0, 1, torch.device("cpu"))
+        way = Way(compiled=False, recompute=False)
         scaler, own = fit_scaler(staged, chosen), dist.PrefixStore(str(number), store)
         self.leave: Callable[[int], bool] = lambda _: False
         self.run = FoldRun(
-            settings, staged, chosen, scaler, ranks, fold, writer, own, self._emit, self._must_leave
+            settings, staged, chosen, scaler, way, ranks, fold, writer, own, self._emit, self._must_leave
         )
 
     def _emit(self, **_: Any) -> None:

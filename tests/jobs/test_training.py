@@ -57,14 +57,19 @@ def test_folds_train_side_by_side_on_whole_gangs(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("code_path", ["eager", "compiled"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    client: Client, world_url: str, cache: Path, tmp_path: Path
+    client: Client, world_url: str, cache: Path, tmp_path: Path, code_path: str
 ) -> None:
-    whole = train(client, world_url, cache, tmp_path / "whole", epochs=6, ranks=2).fold(0)
-    train(client, world_url, cache, tmp_path / "parts", epochs=3, ranks=2)
+    both = {"ranks": 2, "code_path": code_path}
+    whole = train(client, world_url, cache, tmp_path / "whole", epochs=6, **both).fold(0)
+    train(client, world_url, cache, tmp_path / "parts", epochs=3, **both)
     half = JobFolder(str(tmp_path / "parts"), NO_OPTIONS).fold(0)
     assert half.read_checkpoint("last").progress["epoch"] == 3
-    resumed = train(client, world_url, cache, tmp_path / "parts", epochs=6, ranks=2).fold(0)
+    decisions = half.decisions()
+    assert decisions is not None
+    assert decisions["code_path"] == code_path
+    resumed = train(client, world_url, cache, tmp_path / "parts", epochs=6, **both).fold(0)
     assert resumed.read_checkpoint("last").progress["epoch"] == 6
     assert resumed.checkpoint_bytes("best") == whole.checkpoint_bytes("best")
     assert resumed.checkpoint_bytes("last") == whole.checkpoint_bytes("last")

@@ -22,6 +22,12 @@ def test_the_model_agrees_in_every_group(path: Path) -> None:
     assert {d.group for d in verification.deviations} == {g.rstrip("/") for g in COMPARED}
 
 
+@pytest.mark.slow
+def test_compiled_code_agrees_too(path: Path) -> None:
+    verification = verify(path, compiled=True)
+    assert verification.passed, verification.worst()
+
+
 def test_any_array_off_by_one_percent_fails(path: Path) -> None:
     golden = read_golden(path)
     ours = evaluate(golden, path)

@@ -1,0 +1,69 @@
+"""Whether a model's days run as compiled code, or as they are written."""
+
+import logging
+from functools import cache
+from typing import Final
+
+from h2mv_dist.config import CodePath
+from h2mv_dist.errors import ConfigError, describe
+from h2mv_dist.model.days import no_compiler_because
+
+COMPILED: Final = "compiled"
+EAGER: Final = "eager"
+WORTH_CELL_DAYS: Final = 2e7
+"""From so many simulated cell-days a process on, compiling for a minute pays; going backward counts twice."""
+
+_log: Final = logging.getLogger(__name__)
+
+
+def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, where: str) -> str:
+    """``compiled`` or ``eager``.
+
+    Args:
+        wanted: the setting.
+        device: type of the device, ``cpu`` or ``cuda``.
+        cell_days: about how many a process will simulate.
+        obstacle: why something cannot be compiled; empty if it can.
+        where: name of the setting.
+
+    Raises:
+        ConfigError: what was asked for is not possible.
+
+    >>> chosen_path("auto", "cpu", 1e9, "", "training.code_path")
+    'compiled'
+    >>> chosen_path("auto", "cpu", 1e3, "", "training.code_path")
+    'eager'
+    """
+    if wanted == COMPILED and obstacle:
+        raise ConfigError(
+            describe(
+                "days cannot be compiled",
+                where=f"{where} = compiled",
+                expected="a C++ compiler on every host that computes",
+                actual=obstacle,
+                fix=f"install one (g++ will do), or set {where} to auto",
+            )
+        )
+    if wanted == "auto" and (device != "cpu" or cell_days < WORTH_CELL_DAYS):
+        return EAGER
+    if wanted == EAGER:
+        return EAGER
+    if obstacle:
+        _warn(obstacle)
+        return EAGER
+    return COMPILED
+
+
+def compiles_here(path: str) -> bool:
+    """Whether days are compiled, and can be here; else they run as written, which only rounds differently."""
+    if path != COMPILED:
+        return False
+    if obstacle := no_compiler_because():
+        _warn(obstacle)
+    return not obstacle
+
+
+@cache
+def _warn(obstacle: str) -> None:
+    """Once a process."""
+    _log.warning("days run as written, which takes about three times as long: %s", obstacle)

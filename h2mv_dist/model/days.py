@@ -1,0 +1,165 @@
+"""Days in blocks: the loop every model shares, as it is written or compiled by ``torch.compile``.
+
+Inside the loop the cell is the last axis, so that laws work on contiguous vectors and a product of weights
+[gate, feature] and features [feature, cell] needs no transposition. A compiled block is entered once for
+``BLOCK_DAYS`` days, and its one-day version for each day that is left over; both are compiled once a process
+and found again on disk by the next one.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+BLOCK_DAYS: Final = 8
+"""Days of a block: more take longer to compile, fewer more calls."""
+LANES: Final = 16
+"""Compiled blocks get a multiple of so many cells, the float32 numbers of a vector register."""
+MOST_CELLS: Final = 2**20
+COMPILERS: Final = ("c++", "g++", "clang++")
+
+State = tuple[Tensor, ...]
+
+
+class Prepared(NamedTuple):
+    """What all days share.
+
+    Attributes:
+        weights: named tuple of tensors without a cell axis.
+        cells: named tuple of tensors whose last axis is the cell.
+    """
+
+    weights: tuple[Any, ...]
+    cells: tuple[Tensor, ...]
+
+
+DayBlock = Callable[[Prepared, Tensor, State, tuple[str, ...]], tuple[tuple[Tensor, ...], State]]
+"""(what all days share, forcing [day, var, cell], state [..., cell], names) -> (the outputs of these names,
+each [day, cell], state after the last day). A pure function; compiled, its loop over days is unrolled."""
+
+
+def no_compiler_because() -> str:
+    """Why blocks cannot be compiled here; empty if they can."""
+    named = os.environ.get("CXX")
+    candidates = (named,) if named else COMPILERS
+    if any(map(shutil.which, candidates)):
+        return ""
+    return f"no C++ compiler: {' or '.join(candidates)} is not in PATH"
+
+
+def run_days(
+    block: DayBlock,
+    prepared: Prepared,
+    forcing: Tensor,
+    state: State,
+    names: tuple[str, ...],
+    *,
+    recompute: bool = False,
+) -> tuple[dict[str, Tensor], State]:
+    """Run days in blocks.
+
+    Args:
+        block: runs some of them.
+        prepared: what they share.
+        forcing: [day, var, cell], contiguous.
+        state: before the first day, [..., cell].
+        names: outputs to keep.
+        recompute: remember only the state between blocks for the way back, and compute each block once more.
+
+    Returns:
+        The outputs, each [day, cell], and the state after the last day.
+    """
+    kept: list[tuple[Tensor, ...]] = []
+    for days in day_blocks(forcing.shape[0]):
+        if recompute and torch.is_grad_enabled():
+            outputs, state = checkpoint(
+                block, prepared, forcing[days], state, names, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            outputs, state = block(prepared, forcing[days], state, names)
+        kept.append(outputs)
+    none = forcing[:0, 0]
+    columns = [torch.cat(parts) for parts in zip(*kept, strict=True)] if kept else [none for _ in names]
+    return dict(zip(names, columns, strict=True)), state
+
+
+def day_blocks(n_days: int) -> list[slice]:
+    """Whole blocks, then single days, so that blocks of two lengths are all there is to compile.
+
+    >>> day_blocks(10)
+    [slice(0, 8, None), slice(8, 9, None), slice(9, 10, None)]
+    """
+    whole = n_days - n_days % BLOCK_DAYS
+    edges = [*range(0, whole, BLOCK_DAYS), *range(whole, n_days + 1)]
+    return [slice(first, stop) for first, stop in pairwise(edges)]
+
+
+class CompiledBlock:
+    """A block of days as compiled code; called like the block it was made of.
+
+    Without gradients the number of cells is left open. With gradients, where that would cost a tenth of the
+    speed, it is fixed: whoever trains gives all batches the same width.
+    """
+
+    def __init__(self, block: DayBlock) -> None:
+        self.block = _compiled(block)
+
+    def __call__(
+        self, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+    ) -> tuple[tuple[Tensor, ...], State]:
+        """Run the days of ``forcing``."""
+        forcing, state = _alone(forcing), tuple(map(_alone, state))
+        if torch.is_grad_enabled():
+            state = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in state)
+        else:
+            for tensor in (*prepared.cells, forcing, *state):
+                torch._dynamo.mark_dynamic(tensor, tensor.dim() - 1, min=LANES, max=MOST_CELLS)
+        return self.block(prepared, forcing, state, names)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, but no part of another one: for parts that begin elsewhere code is compiled anew."""
+    return tensor.clone() if tensor.storage_offset() else tensor
+
+
+@cache
+def _compiled(block: DayBlock) -> DayBlock:
+    """One compiled function a block and process."""
+    # its workers would stay, and take the memory of what they import
+    torch._inductor.config.compile_threads = 1
+    return torch.compile(block, fullgraph=True, dynamic=False)
+
+
+def padded(tensor: Tensor, width: int) -> Tensor:
+    """Zeros after the last cell, up to ``width`` cells; contiguous."""
+    return functional.pad(tensor, (0, width - tensor.shape[-1])).contiguous()
+
+
+def compiled_width(n_cells: int, wanted: int | None) -> int:
+    """Cells a compiled block gets: ``wanted``, if given and enough, else the next multiple of ``LANES``.
+
+    >>> compiled_width(10, None), compiled_width(10, 64), compiled_width(70, 64)
+    (16, 64, 80)
+    """
+    return -(-max(n_cells, wanted if wanted and n_cells <= wanted else 1) // LANES) * LANES
+
+
+@contextmanager
+def one_compiles() -> Iterator[None]:
+    """Of the processes of a user on a machine, one compiles at a time; the next finds its code on disk."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "h2mv_dist.lock"):
+        yield

@@ -1,0 +1,93 @@
+"""Compiled or as written: what is chosen, kept, and refused."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from h2mv_dist.config import CodePath, Settings, validate
+from h2mv_dist.errors import ConfigError, JobError
+from h2mv_dist.jobs import code_path
+from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, chosen_path, compiles_here
+from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
+from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.trainer import Begun, Work, decided
+from tests.jobs.conftest import NO_OPTIONS
+
+GIB = 2**30
+NOTHING = "no C++ compiler: g++ is not in PATH"
+
+
+def settings(**training: Any) -> Settings:
+    return validate({"data": {"url": "none"}, "training": training}, where="test")
+
+
+def facts(**changed: Any) -> dict[str, Any]:
+    return {"no_compiler": "", "free_memory": 64 * GIB, "host": "a", "device": "cpu of process 1", **changed}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "cell_days", "obstacle", "expected"),
+    [
+        ("auto", "cpu", WORTH_CELL_DAYS, "", "compiled"),
+        ("auto", "cpu", WORTH_CELL_DAYS - 1, "", "eager"),
+        ("auto", "cuda", 1e12, "", "eager"),
+        ("auto", "cpu", 1e12, NOTHING, "eager"),
+        ("compiled", "cpu", 1.0, "", "compiled"),
+        ("eager", "cpu", 1e12, "", "eager"),
+        ("eager", "cpu", 1e12, NOTHING, "eager"),
+    ],
+)
+def test_a_path_is_chosen(
+    wanted: CodePath, device: str, cell_days: float, obstacle: str, expected: str
+) -> None:
+    assert chosen_path(wanted, device, cell_days, obstacle, "training.code_path") == expected
+
+
+def test_what_cannot_be_compiled_is_refused_if_it_was_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"training.code_path = compiled(.|\n)*g\+\+ is not in PATH"):
+        chosen_path("compiled", "cpu", 1.0, NOTHING, "training.code_path")
+
+
+def test_a_worker_without_compiler_says_so_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    code_path._warn.cache_clear()
+    monkeypatch.setattr(code_path, "no_compiler_because", lambda: NOTHING)
+    with caplog.at_level(logging.WARNING):
+        assert [compiles_here("compiled"), compiles_here("compiled"), compiles_here("eager")] == [False] * 3
+    assert len(caplog.records) == 1
+    assert NOTHING in caplog.text
+
+
+def test_what_was_decided_stays(tmp_path: Path) -> None:
+    record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
+    record.claim(1, "gang")
+    begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e12), Work(100, 1.0)
+    first = decided(begun, settings(), large, 3, [facts()])
+    assert first == {"ranks": 1, "device": "cpu", "code_path": "compiled", "threads": 3, "recompute": False}
+    assert decided(begun, settings(), small, 1, [facts(free_memory=1)]) == first
+    with pytest.raises(JobError, match=r"begun in another way(.|\n)*g\+\+ is not in PATH"):
+        decided(begun, settings(), large, 3, [facts(no_compiler=NOTHING)])
+    with pytest.raises(JobError, match=r"begun in another way"):
+        decided(Begun(record, 2, "cpu"), settings(), large, 3, [facts(), facts()])
+
+
+def test_a_graph_that_does_not_fit_is_computed_once_more() -> None:
+    needed = step_bytes(settings(), 7000, "compiled", False)
+    assert not must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed)])
+    assert must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed - 1)])
+    assert must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed)] * 2), (
+        "one host, two ranks"
+    )
+    hosts = [facts(free_memory=needed, host=name) for name in "ab"]
+    assert not must_recompute(settings(), 7000, "compiled", hosts)
+    assert not must_recompute(settings(recompute=False), 7000, "compiled", [facts(free_memory=1)])
+    assert must_recompute(settings(recompute=True), 1, "compiled", [facts()])
+
+
+def test_the_bound_of_a_step_is_that_of_the_cheapest_way_left() -> None:
+    free, eager = settings(), settings(code_path="eager", recompute=False)
+    assert least_step_bytes(free, 7000) == step_bytes(free, 7000, "compiled", True) < GIB
+    assert least_step_bytes(eager, 7000) == step_bytes(eager, 7000, "eager", False) > 10 * GIB

@@ -1,0 +1,152 @@
+"""Blocks of days: compiled they are entered, never compiled again, and say what the written ones say."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from h2mv_dist.model import days
+from h2mv_dist.model.base import Batch, Result
+from h2mv_dist.model.days import BLOCK_DAYS, Prepared, State, day_blocks, no_compiler_because
+from h2mv_dist.model.h2mv import H2MV
+from h2mv_dist.model.registry import h2mv_loss
+from h2mv_dist.model.rollout import spin_up, warm_up
+from tests.model import builders
+
+pytestmark = pytest.mark.skipif(bool(no_compiler_because()), reason=no_compiler_because())
+
+KEPT = h2mv_loss(builders.scaler()).reads
+CELLS = 40
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[None]:
+    """Everything compiled that the tests need, once."""
+    torch._dynamo.reset()
+    model = compiled_model()
+    warm_up(model, KEPT, gradient=True)
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_model() -> H2MV:
+    model = builders.model()
+    model.compiled, model.width = True, CELLS
+    return model
+
+
+def trained(model: H2MV, batch: Batch) -> tuple[Result, dict[str, Tensor]]:
+    result = model(batch, spin_up(model, batch, 20, KEPT), KEPT)
+    loss = h2mv_loss(builders.scaler())
+    torch.autograd.backward(loss.value(loss.statistics(result, batch)).total)
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
+    scale = expected.detach().abs().max()
+    assert float((found - expected).detach().abs().max()) <= 1e-5 * float(scale), name
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("n_cells", [CELLS, 33, 1])
+def test_compiled_days_say_what_the_written_ones_say(n_cells: int) -> None:
+    batch = builders.batch(n_cells=n_cells, n_days=45)
+    written, gradients = trained(builders.model(), batch)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found, compiled_gradients = trained(compiled_model(), batch)
+    assert found.daily.keys() == KEPT
+    # compiled code makes its tanh of the sigmoid, and the last bits tell that it was entered
+    assert not torch.equal(found.state[-1], written.state[-1])
+    for name in KEPT:
+        assert_close(found.daily[name], written.daily[name], name)
+    for part, expected in zip(found.state, written.state, strict=True):
+        assert_close(part, expected, "state")
+    for name, expected in gradients.items():
+        # one cell has many gradients near 0
+        scale = max(float(g.abs().max()) for g in gradients.values())
+        assert float((compiled_gradients[name] - expected).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.usefixtures("warm")
+def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
+    model = compiled_model()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n_cells, n_days in ((CELLS, 45), (7, 30), (CELLS, 1), (CELLS - 1, BLOCK_DAYS), (3, 2)):
+            batch = builders.batch(n_cells=n_cells, n_days=n_days)
+            result = model(batch, spin_up(model, batch, None, KEPT), KEPT)
+            torch.autograd.backward(result.daily["runoff"].sum())
+        for n_cells in (1, 50, 999):
+            with torch.no_grad():
+                batch = builders.batch(n_cells=n_cells, n_days=11)
+                model(batch, model.initial_state(n_cells), KEPT)
+
+
+def test_a_block_is_one_graph_of_two_products_a_day() -> None:
+    """What does not depend on the clock: graphs, calls of them, and products, so that a hidden loop shows."""
+    torch._dynamo.reset()
+    counting = CompileCounterWithBackend("inductor")
+    block = torch.compile(H2MV.day_block, backend=counting, fullgraph=True, dynamic=False)
+    n_days, entered = 45, 0
+
+    def entering(
+        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+    ) -> tuple[tuple[Tensor, ...], State]:
+        nonlocal entered
+        entered += 1
+        return block(prepared, forcing, state, names)
+
+    model, batch = builders.model(), builders.batch(n_cells=32, n_days=n_days)
+    with torch.no_grad():
+        prepared = model.prepare(batch.static.T)
+        state = tuple(part.movedim(0, -1).contiguous() for part in model.initial_state(32))
+        forcing = batch.forcing.permute(1, 2, 0).contiguous()
+        days.run_days(entering, prepared, forcing, state, ("runoff",))
+    assert entered == len(day_blocks(n_days)) == 45 // BLOCK_DAYS + 45 % BLOCK_DAYS
+    assert counting.frame_count == 2
+    for graph, length in zip(counting.graphs, (BLOCK_DAYS, 1), strict=True):
+        products = [node for node in graph.graph.nodes if node.target in (torch.addmm, torch.mm)]
+        assert len(products) == 2 * length
+        assert not [node for node in graph.graph.nodes if node.op == "call_module"]
+    torch._dynamo.reset()
+
+
+def test_recomputed_blocks_have_the_same_gradient_and_remember_less() -> None:
+    batch = builders.batch(n_cells=6, n_days=90)
+    remembered: dict[bool, int] = {}
+    found = {}
+    for recompute in (False, True):
+        model = builders.model()
+        model.recompute = recompute
+        storages: dict[int, int] = {}
+
+        def remember(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            result = model(batch, model.initial_state(6), KEPT)
+        remembered[recompute] = sum(storages.values())
+        torch.autograd.backward(result.daily["runoff"].sum())
+        found[recompute] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in found[False].items():
+        assert_close(found[True][name], gradient, name)
+    assert remembered[True] < remembered[False] / 4
+
+
+def test_only_outputs_that_are_asked_for_come_back() -> None:
+    model, batch = builders.model(), builders.batch()
+    result = model(batch, model.initial_state(4), ("runoff", "fapar"))
+    assert set(result.daily) == {"runoff", "fapar"}
+    assert set(result.static) == {"soil_moisture_capacity"}
+
+
+def test_a_machine_without_a_compiler_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    assert no_compiler_because() == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C++ compiler" in no_compiler_because()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in no_compiler_because()
