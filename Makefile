@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all faults lint bench bench-io clean
 .DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=..."; exit 1; }
@@ -32,8 +34,9 @@ test-all: test
 faults: $(READY)
 	$(BIN)/python -m pytest -m slow tests/faults
 
+# short ones, as Markdown tables on the screen and in benchmarks.md
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks | tee benchmarks.md
 
 # inference from object store to object store, a worker's memory, and the stores themselves; takes long
 bench-io: $(READY)

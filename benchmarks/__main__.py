@@ -1,4 +1,4 @@
-"""All short benchmarks, or those named: ``python -m benchmarks day_loop job_start``.
+"""All short benchmarks, or those named: ``python -m benchmarks day_loop scaling``, as Markdown tables.
 
 ``io``, ``memory`` and ``stores`` start an object store, take minutes, and run only when they are named.
 """
@@ -7,9 +7,15 @@ import argparse
 from collections.abc import Callable
 from typing import Final
 
-from benchmarks import day_loop, job_start, memory, object_store, stores
+from benchmarks import day_loop, ensemble, job_start, memory, object_store, scaling, staging, stores
 
-SHORT: Final[dict[str, Callable[[], None]]] = {"day_loop": day_loop.main, "job_start": job_start.main}
+SHORT: Final[dict[str, Callable[[], None]]] = {
+    "day_loop": day_loop.main,
+    "ensemble": ensemble.main,
+    "scaling": scaling.main,
+    "staging": staging.main,
+    "job_start": job_start.main,
+}
 LONG: Final = ("io", "memory", "stores")
 
 

@@ -19,7 +19,7 @@ from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed, public
 from h2mv_dist.io.tile_forcing import TileForcing
-from h2mv_dist.jobs.code_path import chosen_path
+from h2mv_dist.jobs.code_path import EAGER, chosen_path
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
@@ -29,9 +29,13 @@ from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import nearest, variable
 
 FLOAT_BYTES: Final = 4
-FIRST_USE_BYTES: Final = 96 * 2**20
+FIRST_USE_BYTES: Final = 90 * 2**20
 """What torch, zarr and the clients of an object store take when they are first used, whatever the tile, and
 what is lost between arrays; measured."""
+COMPILED_BYTES: Final = 200 * 2**20
+"""What torch's compiler leaves behind where days are compiled; measured."""
+COMPILING_BYTES: Final = 720 * 2**20
+"""What it takes meanwhile, with the C++ compiler, before the first tile; measured."""
 GATES_AT_ONCE: Final = 16
 """Of one day; measured."""
 NUMBERS: Final = 1
@@ -105,7 +109,9 @@ class CubePlan:
         values += 3 * members * cells * len(layout.monthly)
         # of each array that is being written: its box with sea, and what of it is coded or sent just now
         written = 2 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
-        return FIRST_USE_BYTES + forcing + weights + FLOAT_BYTES * (gates + part + values + spread + written)
+        at_work = FIRST_USE_BYTES + forcing + weights
+        at_work += FLOAT_BYTES * (gates + part + values + spread + written)
+        return at_work if self.code_path == EAGER else max(COMPILING_BYTES, COMPILED_BYTES + at_work)
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:
         """Projected bytes, before compression, of these days of these tiles."""

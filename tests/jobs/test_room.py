@@ -9,7 +9,7 @@ import pytest
 from h2mv_dist.config import ClusterSettings, validate
 from h2mv_dist.errors import JobError
 from h2mv_dist.io.cube import Progress
-from h2mv_dist.jobs.cube_plan import CubePlan
+from h2mv_dist.jobs.cube_plan import COMPILED_BYTES, COMPILING_BYTES, CubePlan
 from h2mv_dist.jobs.inference import fitting_layout, require_memory
 from h2mv_dist.jobs.room import memory_limit
 from tests.conftest import Place
@@ -88,3 +88,12 @@ def test_a_cube_that_exists_keeps_its_shards(planned: CubePlan) -> None:
 )
 def test_settings_may_say_what_a_worker_has(settings: dict[str, Any], limit: int | None) -> None:
     assert memory_limit(ClusterSettings(**{"kind": "local", **settings})) == limit
+
+
+def test_a_compiler_takes_room_before_the_first_tile(planned: CubePlan) -> None:
+    attributes = {**planned.layout.attributes, "code_path": "compiled"}
+    assert bytes_with(planned, attributes=attributes) == max(
+        COMPILING_BYTES, planned.tile_bytes() + COMPILED_BYTES
+    )
+    small = {"attributes": attributes, "shard_days": 1, "chunk_days": 1}
+    assert bytes_with(planned, **small) == COMPILING_BYTES

@@ -77,7 +77,7 @@ def plan(url: str, sizes: Sizes, **changes: Any) -> CubePlan:
         tile=sizes.tile,
         chunk_days=sizes.shard_days,
         shard_days=sizes.shard_days,
-        attributes={FINGERPRINT: "test"},
+        attributes={FINGERPRINT: "test", "code_path": "eager"},
     )
     planned = CubePlan(settings, source, SPEC, (), layout, source.period, source.period, None)
     return replace(planned, **changes)
