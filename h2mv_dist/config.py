@@ -336,9 +336,10 @@ class TrainingSettings(_Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change numbers: without stopping limits and places."""
+        """The settings that change numbers: without limits, of memory or epochs, and places."""
         elsewhere = {"attempts", "cache", "cache_limit", "stuck_seconds", "keep_every", "priority"}
-        return self.model_dump(mode="json", exclude={"folds", "epochs", "patience", *elsewhere})
+        limits = {"folds", "epochs", "patience", "recompute"}
+        return self.model_dump(mode="json", exclude=limits | elsewhere)
 
 
 class InferenceSettings(_Settings):
@@ -385,7 +386,8 @@ class InferenceSettings(_Settings):
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
     code_path: CodePath = "auto"
-    """As ``training.code_path``; a cube keeps that of its first run, as other numbers differ by rounding."""
+    """As ``training.code_path``; ``auto`` means what the cube was begun with. Workers that cannot compile run
+    days as they are written, which differs by rounding."""
     attempts: int = Field(3, ge=1)
     """How often a tile may fail before it counts as failed."""
     overwrite: bool = False

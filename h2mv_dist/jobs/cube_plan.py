@@ -19,7 +19,7 @@ from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed, public
 from h2mv_dist.io.tile_forcing import TileForcing
-from h2mv_dist.jobs.code_path import EAGER, chosen_path
+from h2mv_dist.jobs.code_path import COMPILED, EAGER, chosen_path
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
@@ -71,7 +71,7 @@ class CubePlan:
     @property
     def code_path(self) -> str:
         """How days are run."""
-        return self.layout.attributes["code_path"]
+        return self.layout.attributes.get("code_path", EAGER)
 
     @property
     def done(self) -> bool:
@@ -273,7 +273,11 @@ def _code_path(
 ) -> str:
     """As set, else as the cube has it, else as is worth it."""
     chosen = settings.inference.code_path
-    if chosen == "auto" and known and "code_path" in known:
+    if known and "code_path" not in known and chosen != COMPILED:
+        return ""
+    if chosen != "auto":
+        return chosen
+    if known:
         return known["code_path"]
     cell_days = int(source.grid.mask.sum()) * members * period.n_days
     return chosen_path(chosen, "cpu", cell_days, no_compiler_because(), "inference.code_path")
@@ -407,7 +411,8 @@ def _layout(
         "baseline_period": str(baseline),
         "spinup_period": str(spinup or _NO_SPINUP),
         "threads": str(chosen.threads),
-        "code_path": code_path,
+        # cubes that were begun before there was a choice are eager, and do not say so
+        **({"code_path": code_path} if code_path else {}),
         "numbers": str(NUMBERS),
     }
     return CubeLayout(

@@ -13,9 +13,11 @@ from dask.utils import format_bytes, format_time
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import FLOAT_BYTES, CubePlan
 from h2mv_dist.jobs.inference import missing_days, require_cube_disk, require_memory
 from h2mv_dist.jobs.room import memory_limit
+from h2mv_dist.jobs.simulation import kept_outputs
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
 
@@ -187,11 +189,14 @@ def _seconds(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], land: 
     forcing = source.read_land_forcing(tile, part)[:, :SAMPLE_DAYS]
     reading = (time.perf_counter() - started) / (land[tile] * part.n_days)
     static = torch.from_numpy(source.read_static(tile)[layout.grid.mask[tile.slices]])
-    members = Ensemble([c.build_model() for c in planned.checkpoints], torch.device("cpu"))
+    built = [checkpoint.build_model() for checkpoint in planned.checkpoints]
+    members = Ensemble(built, torch.device("cpu"), compiled=compiles_here(planned.code_path))
+    kept = kept_outputs(planned.spec, layout.daily)
+    members.warm_up(kept)
     state, batch = members.initial_state(land[tile]), Batch(torch.from_numpy(forcing), static, {})
-    members.run(batch.days(0, 1), state, lambda _member, _result: None)
+    members.run(batch.days(0, 1), state, lambda _member, _result: None, kept)
     started = time.perf_counter()
-    members.run(batch, state, lambda _member, _result: None)
+    members.run(batch, state, lambda _member, _result: None, kept)
     computing = (time.perf_counter() - started) / forcing[..., 0].size
     computed = sum(land[tile] * _days(planned, parts) for tile, parts in missing.items())
     read = sum(

@@ -95,6 +95,19 @@ def must_recompute(settings: Settings, n_days: int, code_path: str, everyone: Se
     return any(needed * _sharing(facts, everyone) > facts["free_memory"] for facts in everyone)
 
 
+def require_step_memory(
+    settings: Settings, n_days: int, code_path: str, recompute: bool, everyone: Sequence[Facts]
+) -> None:
+    """Make sure that a step fits into the memory of every rank, in the way that was decided on.
+
+    Raises:
+        RankError: it does not at present.
+    """
+    needed = step_bytes(settings, n_days, code_path, recompute)
+    for rank, facts in enumerate(everyone):
+        _check_memory(rank, facts, needed * _sharing(facts, everyone))
+
+
 def _sharing(facts: Facts, everyone: Sequence[Facts]) -> int:
     """How many ranks share the memory of one."""
     same_host = sum(other["host"] == facts["host"] for other in everyone)
@@ -161,19 +174,22 @@ def check(everyone: Sequence[Facts]) -> None:
 
 
 def _check_room(rank: int, facts: Facts, sharing: int) -> None:
-    needed = facts["needed_memory"] * sharing
-    free = f"{format_bytes(facts['free_memory'])} free"
-    if needed > facts["free_memory"]:
-        fix = "set training.cells_at_once, lower training.batch_size, or raise training.ranks"
-        expected = f"about {format_bytes(needed)} for a step"
-        message = _described("a step does not fit into memory", rank, facts, expected, free, fix)
-        # others may use the memory only for a while
-        raise RankError(Failure("busy", message))
+    _check_memory(rank, facts, facts["needed_memory"] * sharing)
     free = f"{format_bytes(facts['free_disk'])} free"
     if facts["free_disk"] < SPARE_DISK:
         fix = "free space, or choose another folder with training.cache"
         expected = f"at least {format_bytes(SPARE_DISK)} free for the cache"
         raise RankError(Failure("full", _described("the disk is full", rank, facts, expected, free, fix)))
+
+
+def _check_memory(rank: int, facts: Facts, needed: int) -> None:
+    free = f"{format_bytes(facts['free_memory'])} free"
+    if needed > facts["free_memory"]:
+        fix = "set training.recompute or cells_at_once, lower training.batch_size, or raise training.ranks"
+        expected = f"about {format_bytes(needed)} for a step"
+        message = _described("a step does not fit into memory", rank, facts, expected, free, fix)
+        # others may use the memory only for a while
+        raise RankError(Failure("busy", message))
 
 
 def _described(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> str:

@@ -76,9 +76,13 @@ def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileC
         StoreError: there is no such cube, or it cannot be reached.
     """
     keep_freed_memory()
+    # code is compiled for a number of threads
+    torch.set_num_threads(planned.settings.inference.threads)
     rollbacks = planned.progress.rollbacks if planned.progress else ()
     members = [checkpoint.build_model() for checkpoint in planned.checkpoints]
-    ensemble = Ensemble(members, inference_device(), compiled=compiles_here(planned.code_path))
+    device = inference_device()
+    compiled = device.type == "cpu" and compiles_here(planned.code_path)
+    ensemble = Ensemble(members, device, compiled=compiled)
     ensemble.warm_up(kept_outputs(planned.spec, planned.layout.daily))
     return TileContext(
         plan=planned,

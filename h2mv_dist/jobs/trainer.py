@@ -32,7 +32,14 @@ from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.code_path import COMPILED, EAGER, chosen_path
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts, must_recompute
+from h2mv_dist.jobs.preflight import (
+    Facts,
+    agree,
+    check_all_reduce,
+    gather_facts,
+    must_recompute,
+    require_step_memory,
+)
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.model.base import Batch, ProcessModel
@@ -267,6 +274,7 @@ def decided(
     Raises:
         ConfigError: compiled code is asked for where there is no compiler.
         JobError: the fold was begun in a way that is not possible here, so numbers would differ.
+        RankError: a step does not fit into a rank's memory now.
     """
     ours = {"ranks": begun.ranks, "device": begun.device}
     obstacle = next(filter(None, (facts["no_compiler"] for facts in everyone)), "")
@@ -289,7 +297,11 @@ def decided(
                 fix="resume it where it was begun, or choose another job folder",
             )
         )
-    return {key: found[key] for key in (*here, "threads", "recompute")}
+    # the numbers are the same; folds begun before there was a choice have none
+    chosen = settings.training.recompute
+    recompute = bool(found.get("recompute", False)) if chosen is None else chosen
+    require_step_memory(settings, work.n_days, found["code_path"], recompute, everyone)
+    return {key: found[key] for key in (*here, "threads")} | {"recompute": recompute}
 
 
 @contextmanager
@@ -409,11 +421,16 @@ class FoldRun:
 
     def _prepare(self, way: Way) -> None:
         """Make the model ready to run in the way that was decided on."""
-        share = -(-self.training.batch_size // self.ranks.world)
+        largest = min(self.training.batch_size, len(self.fold.cells("train")))
+        share = -(-largest // self.ranks.world)
         self.model.compiled, self.model.recompute = way.compiled, way.recompute
         self.model.width = min(share, self.training.cells_at_once or share)
         if way.compiled:
             warm_up(self.model, self.loss.reads, gradient=True)
+            # ranks of a host compile in turn; collectives would not wait that long
+            self.store.add("compiled", 1)
+            while self.store.add("compiled", 0) < self.ranks.world:
+                time.sleep(POLL_SECONDS)
 
     def train(self, submitted: float) -> dict[str, Any] | None:
         """Train until the loss stops falling or all epochs are done.

@@ -6,10 +6,15 @@ Inside the loop the cell is the last axis, so that laws work on contiguous vecto
 and found again on disk by the next one.
 """
 
+import getpass
 import os
 import shutil
+import socket
+import sys
+import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +31,9 @@ BLOCK_DAYS: Final = 8
 LANES: Final = 16
 """Compiled blocks get a multiple of so many cells, the float32 numbers of a vector register."""
 MOST_CELLS: Final = 2**20
-COMPILERS: Final = ("c++", "g++", "clang++")
+KINDS: Final = 64
+"""Most versions of a block in a process: lengths, outputs, sizes of models, with gradients and without."""
+LOCK_SECONDS: Final = 600.0
 
 State = tuple[Tensor, ...]
 
@@ -49,12 +56,12 @@ each [day, cell], state after the last day). A pure function; compiled, its loop
 
 
 def no_compiler_because() -> str:
-    """Why blocks cannot be compiled here; empty if they can."""
-    named = os.environ.get("CXX")
-    candidates = (named,) if named else COMPILERS
-    if any(map(shutil.which, candidates)):
-        return ""
-    return f"no C++ compiler: {' or '.join(candidates)} is not in PATH"
+    """Why blocks cannot be compiled here, as far as can be seen without trying; empty if they can."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler} is not in PATH"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.exists() else f"Python's headers are not installed: there is no {header}"
 
 
 def run_days(
@@ -137,6 +144,7 @@ def _compiled(block: DayBlock) -> DayBlock:
     """One compiled function a block and process."""
     # its workers would stay, and take the memory of what they import
     torch._inductor.config.compile_threads = 1
+    torch._dynamo.config.recompile_limit = KINDS
     return torch.compile(block, fullgraph=True, dynamic=False)
 
 
@@ -156,10 +164,16 @@ def compiled_width(n_cells: int, wanted: int | None) -> int:
 
 @contextmanager
 def one_compiles() -> Iterator[None]:
-    """Of the processes of a user on a machine, one compiles at a time; the next finds its code on disk."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """Of the processes of a user on a host, one compiles at a time; the next finds its code on disk.
 
-    folder = Path(cache_dir())
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "h2mv_dist.lock"):
+    Only to save work: whoever cannot lock, or waits too long, compiles for itself.
+    """
+    name = f"h2mv_dist-{getpass.getuser()}-{socket.gethostname()}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    # a timeout is one, too
+    with suppress(OSError):
+        lock.acquire(timeout=LOCK_SECONDS)
+    try:
         yield
+    finally:
+        lock.release()

@@ -12,6 +12,7 @@ from h2mv_dist.jobs import code_path
 from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, chosen_path, compiles_here
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.tasks import RankError
 from h2mv_dist.jobs.trainer import Begun, Work, decided
 from tests.jobs.conftest import NO_OPTIONS
 
@@ -67,11 +68,22 @@ def test_what_was_decided_stays(tmp_path: Path) -> None:
     begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e12), Work(100, 1.0)
     first = decided(begun, settings(), large, 3, [facts()])
     assert first == {"ranks": 1, "device": "cpu", "code_path": "compiled", "threads": 3, "recompute": False}
-    assert decided(begun, settings(), small, 1, [facts(free_memory=1)]) == first
+    assert decided(begun, settings(), small, 1, [facts()]) == first
     with pytest.raises(JobError, match=r"begun in another way(.|\n)*g\+\+ is not in PATH"):
         decided(begun, settings(), large, 3, [facts(no_compiler=NOTHING)])
+    assert decided(begun, settings(recompute=True), small, 1, [facts()]) == {**first, "recompute": True}
+    with pytest.raises(RankError, match=r"does not fit into memory(.|\n)*training.recompute"):
+        decided(begun, settings(recompute=False), large, 1, [facts(free_memory=1000)])
     with pytest.raises(JobError, match=r"begun in another way"):
         decided(Begun(record, 2, "cpu"), settings(), large, 3, [facts(), facts()])
+
+
+def test_folds_begun_before_there_was_a_choice_go_on(tmp_path: Path) -> None:
+    record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
+    record.claim(1, "gang")
+    record.settle({"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "facts": []})
+    found = decided(Begun(record, 1, "cpu"), settings(), Work(100, 1e12), 1, [facts()])
+    assert found == {"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "recompute": False}
 
 
 def test_a_graph_that_does_not_fit_is_computed_once_more() -> None:

@@ -69,7 +69,7 @@ def test_what_ended_rank_0_ends_the_others_for_the_same_reason(
     ("changed", "kind", "word"),
     [
         ({"free_disk": 0}, "full", "training.cache"),
-        ({"free_memory": 0}, "busy", "training.cells_at_once"),
+        ({"free_memory": 0}, "busy", "training.recompute"),
         ({"device": "cpu of process 0"}, "refused", "share a device"),
     ],
 )

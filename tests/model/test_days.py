@@ -1,5 +1,7 @@
 """Blocks of days: compiled they are entered, never compiled again, and say what the written ones say."""
 
+import operator
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional
 
 from h2mv_dist.model import days
 from h2mv_dist.model.base import Batch, Result
 from h2mv_dist.model.days import BLOCK_DAYS, Prepared, State, day_blocks, no_compiler_because
 from h2mv_dist.model.h2mv import H2MV
+from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import h2mv_loss
 from h2mv_dist.model.rollout import spin_up, warm_up
 from tests.model import builders
@@ -20,6 +24,7 @@ pytestmark = pytest.mark.skipif(bool(no_compiler_because()), reason=no_compiler_
 
 KEPT = h2mv_loss(builders.scaler()).reads
 CELLS = 40
+PRODUCTS = (torch.addmm, torch.mm, torch.matmul, torch.bmm, operator.matmul, functional.linear)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def test_a_block_is_one_graph_of_two_products_a_day() -> None:
     assert entered == len(day_blocks(n_days)) == 45 // BLOCK_DAYS + 45 % BLOCK_DAYS
     assert counting.frame_count == 2
     for graph, length in zip(counting.graphs, (BLOCK_DAYS, 1), strict=True):
-        products = [node for node in graph.graph.nodes if node.target in (torch.addmm, torch.mm)]
+        products = [node for node in graph.graph.nodes if node.target in PRODUCTS]
         assert len(products) == 2 * length
         assert not [node for node in graph.graph.nodes if node.op == "call_module"]
     torch._dynamo.reset()
@@ -148,5 +153,27 @@ def test_a_machine_without_a_compiler_is_recognised(monkeypatch: pytest.MonkeyPa
     assert no_compiler_because() == ""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no C++ compiler" in no_compiler_because()
+    monkeypatch.undo()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in no_compiler_because()
+    monkeypatch.undo()
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "headers are not installed" in no_compiler_because()
+
+
+@pytest.mark.slow
+def test_recomputed_and_lowered_days_can_be_compiled() -> None:
+    torch._dynamo.reset()
+    batch, gradients = builders.batch(n_cells=CELLS, n_days=25), []
+    for recompute, precision in ((False, "float32"), (True, "float32"), (True, "bfloat16")):
+        model = compiled_model()
+        model.recompute = recompute
+        multiply_in(model, precision)
+        gradients.append(trained(model, batch)[1])
+    whole, recomputed, lowered = gradients
+    recurrent = "lstm_fc.lstm_cell.weight_hh"
+    assert not torch.equal(lowered[recurrent], whole[recurrent])
+    for name, expected in whole.items():
+        assert torch.equal(recomputed[name], expected), name
+        assert float((lowered[name] - expected).norm()) <= 0.05 * float(expected.norm()), name
+    torch._dynamo.reset()
