@@ -57,6 +57,8 @@ def main() -> None:
             rate = CELLS * DAYS / times[way]
             share = PASSES[name] * times["limit"] / times[way]
             print(f"| {name} | {way} | {rate:,.0f} | {times['baseline'] / times[way]:.2f} | {share:.1%} |")
+    if not compiled.compiled:
+        return
     print("\n| compiled inference | microseconds a cell-day |\n|---|---|")
     for cells, days in ((128, 365), (256, 365), (512, 365), (256, 730), (256, 1460)):
         longer = sample_batch(cells, days)

@@ -6,7 +6,6 @@ Inside the loop the cell is the last axis, so that laws work on contiguous vecto
 and found again on disk by the next one.
 """
 
-import getpass
 import os
 import shutil
 import socket
@@ -168,7 +167,7 @@ def one_compiles() -> Iterator[None]:
 
     Only to save work: whoever cannot lock, or waits too long, compiles for itself.
     """
-    name = f"h2mv_dist-{getpass.getuser()}-{socket.gethostname()}.lock"
+    name = f"h2mv_dist-{os.getuid()}-{socket.gethostname()}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     # a timeout is one, too
     with suppress(OSError):
