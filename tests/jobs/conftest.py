@@ -62,6 +62,8 @@ def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> S
             "epochs": 2,
             "batch_size": 50,
             "spinup_days": 30,
+            # a long job would take a minute to compile
+            "code_path": "eager",
             "cache": str(cache),
         },
         "inference": {
@@ -71,6 +73,7 @@ def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> S
             "shard_days": 120,
             "chunk_days": 40,
             "spinup_days": 60,
+            "code_path": "eager",
         },
     }
     for name, values in sections.items():

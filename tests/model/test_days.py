@@ -55,6 +55,7 @@ def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
     assert float((found - expected).detach().abs().max()) <= 1e-5 * float(scale), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("n_cells", [CELLS, 33, 1])
 def test_compiled_days_say_what_the_written_ones_say(n_cells: int) -> None:
@@ -75,6 +76,7 @@ def test_compiled_days_say_what_the_written_ones_say(n_cells: int) -> None:
         assert float((compiled_gradients[name] - expected).abs().max()) <= 1e-5 * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
     model = compiled_model()
@@ -92,7 +94,7 @@ def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
 def test_a_block_is_one_graph_of_two_products_a_day() -> None:
     """What does not depend on the clock: graphs, calls of them, and products, so that a hidden loop shows."""
     torch._dynamo.reset()
-    counting = CompileCounterWithBackend("inductor")
+    counting = CompileCounterWithBackend("eager")
     block = torch.compile(H2MV.day_block, backend=counting, fullgraph=True, dynamic=False)
     n_days, entered = 45, 0
 
