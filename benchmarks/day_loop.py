@@ -8,6 +8,7 @@ products of going backward. All ways take turns; medians.
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -47,9 +48,9 @@ def main() -> None:
     )
     for name, run, baseline in (("inference", infer, infer_frozen), ("training", train, train_frozen)):
         ways: dict[str, Work] = {
-            "baseline": lambda work=baseline: work(model, batch),  # type: ignore[misc]
-            "as written": lambda work=run: work(model, batch),  # type: ignore[misc]
-            "compiled": lambda work=run: work(compiled, batch),  # type: ignore[misc]
+            "baseline": partial(baseline, model, batch),
+            "as written": partial(run, model, batch),
+            "compiled": partial(run, compiled, batch),
             "limit": products,
         }
         times = medians(ways)
@@ -61,8 +62,7 @@ def main() -> None:
         return
     print("\n| compiled inference | microseconds a cell-day |\n|---|---|")
     for cells, days in ((128, 365), (256, 365), (512, 365), (256, 730), (256, 1460)):
-        longer = sample_batch(cells, days)
-        taken = medians({"run": lambda longer=longer: infer(compiled, longer)})["run"]  # type: ignore[misc]
+        taken = medians({"run": partial(infer, compiled, sample_batch(cells, days))})["run"]
         print(f"| {cells} cells, {days} days | {1e6 * taken / cells / days:.2f} |")
 
 

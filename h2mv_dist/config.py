@@ -298,7 +298,7 @@ class TrainingSettings(_Settings):
     threads: int | None = Field(None, ge=1)
     """Torch threads of each rank on a CPU; those of its worker if left out."""
     code_path: CodePath = "auto"
-    """``compiled``: blocks of days as one piece of machine code each, about three times as fast; takes a
+    """``compiled``: blocks of days as one piece of machine code each, two to three times as fast; takes a
     C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
     on CPUs with a compiler where that is worth the minute."""
     recompute: bool | None = None

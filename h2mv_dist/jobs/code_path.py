@@ -11,7 +11,7 @@ from h2mv_dist.model.days import no_compiler_because
 COMPILED: Final = "compiled"
 EAGER: Final = "eager"
 WORTH_CELL_DAYS: Final = 2e7
-"""From so many simulated cell-days a process on, compiling for a minute pays; going backward counts twice."""
+"""From so many simulated cell-days of a rank, or of a cube, on, compiling for a minute pays."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, 
     Args:
         wanted: the setting.
         device: type of the device, ``cpu`` or ``cuda``.
-        cell_days: about how many a process will simulate.
+        cell_days: about how many a rank, or all of a cube, will take; going backward counts twice.
         obstacle: why something cannot be compiled; empty if it can.
         where: name of the setting.
 
@@ -44,9 +44,7 @@ def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, 
                 fix=f"install one (g++ will do), or set {where} to auto",
             )
         )
-    if wanted == "auto" and (device != "cpu" or cell_days < WORTH_CELL_DAYS):
-        return EAGER
-    if wanted == EAGER:
+    if wanted == EAGER or (wanted == "auto" and (device != "cpu" or cell_days < WORTH_CELL_DAYS)):
         return EAGER
     if obstacle:
         _warn(obstacle)
@@ -66,4 +64,4 @@ def compiles_here(path: str) -> bool:
 @cache
 def _warn(obstacle: str) -> None:
     """Once a process."""
-    _log.warning("days run as written, which takes about three times as long: %s", obstacle)
+    _log.warning("days run as written, which takes two to three times as long: %s", obstacle)

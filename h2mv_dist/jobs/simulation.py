@@ -24,7 +24,7 @@ from h2mv_dist.spec import Budget, Float32Array, ModelSpec
 
 PART_DAYS: Final = 64
 """Days that go through a model at once, so that what it remembers of each stays small (and in caches): whole
-multiples of the days for which a model prepares its products together."""
+multiples of the blocks of days a model runs."""
 PART_CELLS: Final = 512
 """Cells that go through a model at once on a CPU, for the same reason; a GPU takes all of a tile."""
 _REFERENCE: Final = "reference/"

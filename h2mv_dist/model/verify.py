@@ -122,7 +122,15 @@ def verify(path: str | Path, *, compiled: bool = False) -> Verification:
         ConfigError: nothing can be compiled here.
     """
     if compiled and (obstacle := no_compiler_because()):
-        raise ConfigError(f"days cannot be compiled: {obstacle}")
+        raise ConfigError(
+            describe(
+                "days cannot be compiled",
+                where="verify --compiled",
+                expected="a C++ compiler and Python's headers",
+                actual=obstacle,
+                fix="install them, or leave --compiled out",
+            )
+        )
     golden = read_golden(path)
     return compare(golden, evaluate(golden, path, compiled=compiled))
 
