@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from h2mv_dist.cli_common import (
+    INTERRUPTED,
+    Address,
+    AsJson,
+    ClusterFile,
+    Overrides,
+    console,
+    place,
+    print_json,
+    with_address,
+)
+from h2mv_dist.cli_jobs import jobs_app
 from h2mv_dist.config import (
+    ClusterSettings,
     DataSettings,
     Settings,
     StorageOptions,
@@ -27,7 +41,6 @@ from h2mv_dist.config import (
     load_cluster,
     overridden_options,
     revise,
-    shared_place,
     validate,
 )
 from h2mv_dist.errors import ConfigError, H2mvError, NothingNewError
@@ -38,7 +51,6 @@ if TYPE_CHECKING:
 FAILED = 1
 WRONG_INPUT = 2
 TRY_LATER = 75
-INTERRUPTED = 130
 TERMINATED = 143
 
 app = typer.Typer(
@@ -46,42 +58,26 @@ app = typer.Typer(
     help="Train hybrid land models in folds on a Dask cluster, and run them over the globe.\n\n"
     "First steps: h2mv-dist demo my-demo. Then: world or your own data -> train -> infer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 cluster_app = typer.Typer(help="Workers: on this machine, its GPUs or through Slurm.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
-console = Console()
+app.add_typer(jobs_app, name="jobs")
 errors = Console(stderr=True)
-
-
-def _place(param: typer.CallbackParam, value: str | None) -> str | None:
-    """A URL or path among the arguments, as workers in other folders understand it."""
-    try:
-        return None if value is None else shared_place(value)
-    except ConfigError as error:
-        raise ConfigError(f"{param.opts[0]}: {error}") from None
 
 
 SETTINGS_HELP = "Settings file (TOML); at least data.url. `h2mv-dist settings` prints all settings."
 SettingsFile = Annotated[str, typer.Argument(help=SETTINGS_HELP)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override a setting: --set training.epochs=20. Can be repeated."),
-]
 Job = Annotated[
-    str, typer.Option(help="Job folder: where checkpoints, metrics and logs are kept (URL).", callback=_place)
-]
-Address = Annotated[
-    str | None, typer.Option(help="Running Dask scheduler to use, instead of cluster.* in the settings.")
+    str, typer.Option(help="Job folder: where checkpoints, metrics and logs are kept (URL).", callback=place)
 ]
 
 
 @app.command()
 def world(
     path: Annotated[
-        str, typer.Argument(help="Where to write the Zarr store (URL); must not exist.", callback=_place)
+        str, typer.Argument(help="Where to write the Zarr store (URL); must not exist.", callback=place)
     ],
     resolution: Annotated[float, typer.Option(help="Edge of a grid cell, degrees; divides 180.")] = 4.0,
     years: Annotated[int, typer.Option(min=1, help="Whole years of weather, from 2001 on.")] = 3,
@@ -101,12 +97,12 @@ def world(
 def train(
     settings: Annotated[str | None, typer.Argument(help=SETTINGS_HELP)] = None,
     job: Annotated[
-        str | None, typer.Option(help="Folder (URL) for checkpoints, metrics and logs.", callback=_place)
+        str | None, typer.Option(help="Folder (URL) for checkpoints, metrics and logs.", callback=place)
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="JOB", help="Go on with the job in this folder, with its settings.", callback=_place
+            metavar="JOB", help="Go on with the job in this folder, with its settings.", callback=place
         ),
     ] = None,
     set_: Overrides = None,
@@ -120,7 +116,7 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
-    from h2mv_dist.display import watching_folds
+    from h2mv_dist.display import watching
     from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.handle import running
     from h2mv_dist.jobs.training import job_id, plan_training, start_training
@@ -137,33 +133,9 @@ def train(
         if handle is not None:
             console.print("the job is running already, with the settings it was started with: watching it")
         handle = handle or start_training(client, plan)
-        with watching_folds(console) as watch:
+        with watching(console) as watch:
             handle.wait(watch)
     console.print(f"trained; checkpoints, metrics, logs and summary.csv: {folder}", soft_wrap=True)
-
-
-@app.command()
-def cancel(
-    place: Annotated[
-        str,
-        typer.Argument(metavar="JOB", help="Job folder, or store that is filled (URL).", callback=_place),
-    ],
-    address: Address = None,
-    settings: Annotated[
-        str | None, typer.Option(help="Settings file (TOML); its [cluster] names the scheduler.")
-    ] = None,
-    set_: Overrides = None,
-) -> None:
-    """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
-    from h2mv_dist.jobs.cluster import chosen_kind, connect
-    from h2mv_dist.jobs.training import cancel_jobs
-
-    chosen = load_cluster(settings, _with_address(set_, address))
-    if chosen_kind(chosen) != "address":
-        raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
-    with connect(chosen) as client:
-        for name in cancel_jobs(client, place):
-            console.print(f"cancelled {name}; the same command that started it goes on", soft_wrap=True)
 
 
 @app.command()
@@ -171,7 +143,7 @@ def infer(
     settings: SettingsFile,
     job: Job,
     cube: Annotated[
-        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=_place)
+        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=place)
     ],
     set_: Overrides = None,
     address: Address = None,
@@ -192,6 +164,7 @@ def infer(
             "--plan", help="Print what it would take, and how long; refuse what cannot fit; write nothing."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run trained folds over the whole grid into an output cube; run again to finish what is missing.
 
@@ -203,8 +176,11 @@ def infer(
     chosen, options = _settings(settings, set_, address)
     if plan_only:
         plan = plan_inference(chosen, job, options, cube=cube, append=append)
-        for line in forecast(plan, cube, options).lines():
-            console.print(line, soft_wrap=True, highlight=False)
+        found = forecast(plan, cube, options)
+        if as_json:
+            print_json(asdict(found))
+        else:
+            console.print("\n".join(found.lines()), soft_wrap=True, highlight=False)
         require_room(plan, cube, options)
         return
     _fill(chosen, job, cube, options, append=append, since=None if from_ is None else from_.date())
@@ -214,13 +190,13 @@ def infer(
 def prepare(
     settings: SettingsFile,
     to: Annotated[
-        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=_place)
+        str, typer.Option(help="Zarr store to fill (URL); resumed if it is there.", callback=place)
     ],
     set_: Overrides = None,
     address: Address = None,
 ) -> None:
     """Make forcing daily, in our units and chunked for tiles, once; run again to finish what is missing."""
-    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.display import watching
     from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
 
@@ -231,7 +207,7 @@ def prepare(
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
         handle = start_prepare(client, plan, to, options)
         if handle is not None:
-            with watching_tiles(console) as watch:
+            with watching(console) as watch:
                 handle.wait(watch)
     section = _as_data_section(plan.layout.data(to))
     console.print(f"prepared; use it with these settings:\n{section}", markup=False, soft_wrap=True)
@@ -239,10 +215,10 @@ def prepare(
 
 @app.command()
 def compact(
-    cube: Annotated[str, typer.Argument(help="Cube with short shards of days (URL).", callback=_place)],
+    cube: Annotated[str, typer.Argument(help="Cube with short shards of days (URL).", callback=place)],
     target: Annotated[
         str,
-        typer.Argument(help="Zarr store for the copy (URL); resumed or extended if there.", callback=_place),
+        typer.Argument(help="Zarr store for the copy (URL); resumed or extended if there.", callback=place),
     ],
     shard_days: Annotated[
         int | None,
@@ -262,11 +238,11 @@ def compact(
     Only whole shards of the copy are copied; days beyond stay in the first cube. Exit code 75 if there is
     nothing new to copy yet.
     """
-    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.display import watching
     from h2mv_dist.jobs.cluster import connect, known_options
     from h2mv_dist.jobs.compact import plan_compact, start_compact
 
-    changes = _with_address(set_, address)
+    changes = with_address(set_, address)
     options, settings = known_options(overridden_options(changes)), load_cluster(None, changes)
     plan = plan_compact(
         cube, target, options, shard_days=shard_days, chunk_days=chunk_days, chunk=_sizes(chunk)
@@ -275,7 +251,7 @@ def compact(
     with connect(settings) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
         handle = start_compact(client, plan, options)
-        with watching_tiles(console) as watch:
+        with watching(console) as watch:
             handle.wait(watch)
     console.print(f"compacted; open it with {_opening(target)}", markup=False, soft_wrap=True)
 
@@ -309,7 +285,7 @@ def export(
 
 @app.command()
 def extract(
-    cube: Annotated[str, typer.Argument(help="Cube to read (URL).", callback=_place)],
+    cube: Annotated[str, typer.Argument(help="Cube to read (URL).", callback=place)],
     file: Annotated[Path, typer.Argument(help="NetCDF file to write; must not exist.")],
     variable: Annotated[
         list[str] | None, typer.Option("--variable", "-v", help="Variable; all if left out. Can be repeated.")
@@ -364,7 +340,7 @@ def verify(
 
 @app.command("verify-cube")
 def check_cube(
-    cube: Annotated[str, typer.Argument(help="Cube to read again (URL).", callback=_place)],
+    cube: Annotated[str, typer.Argument(help="Cube to read again (URL).", callback=place)],
     sample: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the receipts to check, chosen at random.")
     ] = 1.0,
@@ -373,6 +349,7 @@ def check_cube(
     ] = False,
     set_: Overrides = None,
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a cube with its receipts and its water budget; exit status 1 if anything is wrong."""
     from h2mv_dist.io.cube_check import verify_cube
@@ -380,13 +357,14 @@ def check_cube(
     from h2mv_dist.jobs.inference import forget_damage, recorded_job
     from h2mv_dist.model.registry import model_kind
 
-    changes = _with_address(set_, address)
+    changes = with_address(set_, address)
     options = known_options(overridden_options(changes))
     recorded, job = recorded_job(cube, options)
     settings = revise(validate(recorded, where=f"the settings in {cube}"), changes)
     spec = model_kind(settings.model.name).spec
     found = verify_cube(cube, options, budget=spec.budget, share=sample)
-    _print_check(found)
+    show_check = _print_check_as_json if as_json else _print_check
+    show_check(found)
     if found.complete:
         return
     if not repair:
@@ -394,7 +372,7 @@ def check_cube(
     forget_damage(cube, found, options)
     _fill(settings, job, cube, options)
     again = verify_cube(cube, options, budget=spec.budget, share=sample)
-    _print_check(again)
+    show_check(again)
     raise typer.Exit(0 if again.complete else FAILED)
 
 
@@ -442,6 +420,49 @@ def start(
         console.print("stopping")
 
 
+@cluster_app.command("info")
+def info(address: Address = None, settings: ClusterFile = None, as_json: AsJson = False) -> None:
+    """Show the workers of a running scheduler."""
+    from dask.utils import format_bytes
+
+    from h2mv_dist.jobs.cluster import connect, scheduler_address, workers_of
+
+    with connect(_running(settings, address)) as client:
+        where, dashboard, workers = scheduler_address(client), client.dashboard_link, workers_of(client)
+    shown = ("host", "nthreads", "memory_limit", "status")
+    rows = [{"address": at, **{key: worker[key] for key in shown}} for at, worker in workers.items()]
+    if as_json:
+        print_json({"scheduler": where, "dashboard": dashboard, "workers": rows})
+        return
+    console.print(f"scheduler: {where}\ndashboard: {dashboard}", soft_wrap=True)
+    table = Table("worker", "host", "threads", "memory", "state")
+    for row in rows:
+        memory = format_bytes(row["memory_limit"]) if row["memory_limit"] else "no limit"
+        table.add_row(row["address"], row["host"], str(row["nthreads"]), memory, row["status"])
+    console.print(table)
+
+
+@cluster_app.command("stop")
+def stop(address: Address = None, settings: ClusterFile = None) -> None:
+    """Stop a running scheduler and its workers; jobs stop with them, and go on when submitted again."""
+    from h2mv_dist.jobs.cluster import connect, scheduler_address
+
+    with connect(_running(settings, address)) as client:
+        where = scheduler_address(client)
+        client.shutdown()
+    console.print(f"stopped {where}", soft_wrap=True)
+
+
+def _running(settings: str | None, address: str | None) -> ClusterSettings:
+    """Settings that name a running scheduler."""
+    from h2mv_dist.jobs.cluster import chosen_kind
+
+    chosen = load_cluster(settings, with_address(None, address))
+    if chosen_kind(chosen) != "address":
+        raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
+    return chosen
+
+
 def _settings(
     path: str | None, overrides: list[str] | None, address: str | None, resume: str | None = None
 ) -> tuple[Settings, StorageOptions]:
@@ -449,17 +470,12 @@ def _settings(
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.records import JobFolder
 
-    changes = _with_address(overrides, address)
+    changes = with_address(overrides, address)
     if resume is None:
         settings, secrets = load(path, changes)
         return settings, known_options(secrets)
     options = known_options(overridden_options(changes))
     return revise(JobFolder(resume, options).settings(), changes), options
-
-
-def _with_address(overrides: list[str] | None, address: str | None) -> list[str]:
-    extra = [] if address is None else ["cluster.kind=address", f"cluster.address={address}"]
-    return [*(overrides or []), *extra]
 
 
 def _fill(
@@ -472,7 +488,7 @@ def _fill(
     since: date | None = None,
 ) -> None:
     """Compute what a cube lacks, and what it holds ``since`` some day, and wait for it."""
-    from h2mv_dist.display import watching_tiles
+    from h2mv_dist.display import watching
     from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.inference import require_idle, roll_back, start_inference
@@ -491,7 +507,7 @@ def _fill(
         if handle is None:
             console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
             return
-        with watching_tiles(console) as watch:
+        with watching(console) as watch:
             handle.wait(watch)
     console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
 
@@ -516,6 +532,19 @@ def _print_check(found: "CubeCheck") -> None:
         console.print(found.constants, soft_wrap=True)
     if found.residual == found.residual:
         console.print(f"largest gap of the water budget, from stored values: {found.residual:.2e} mm")
+
+
+def _print_check_as_json(found: "CubeCheck") -> None:
+    print_json(
+        {
+            "complete": found.complete,
+            "sound": len(found.sound),
+            "damaged": {f"{one.tile} {one.period}": problem for one, problem in found.damaged.items()},
+            "missing": [str(stretch) for stretch in found.missing],
+            "constants": found.constants,
+            "residual": None if found.residual != found.residual else found.residual,
+        }
+    )
 
 
 def _opening(cube: str) -> str:

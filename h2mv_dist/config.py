@@ -572,12 +572,14 @@ class _ClusterSection(_Settings):
     cluster: ClusterSettings = ClusterSettings()
 
 
+SettingsLike = str | Path | Mapping[str, Any]
+"""A TOML file, or the same as a mapping of sections."""
 _SECRET_TABLE: Final = "storage_options"
 _S = TypeVar("_S", bound=_Settings)
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Settings, StorageOptions]:
-    """Read settings from a TOML file and apply ``section.key=value`` overrides.
+def load(path: SettingsLike | None, overrides: Sequence[str] = ()) -> tuple[Settings, StorageOptions]:
+    """Read settings from a TOML file, or a mapping like one, and apply ``section.key=value`` overrides.
 
     The file's table ``[storage_options.PROTOCOL]`` is returned apart, so that it cannot reach a record.
 
@@ -589,7 +591,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Settin
     return validate(tree, where), secrets
 
 
-def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterSettings:
+def load_cluster(path: SettingsLike | None, overrides: Sequence[str] = ()) -> ClusterSettings:
     """Read the cluster section alone; the other sections may be missing, and are not looked at.
 
     Raises:
@@ -641,10 +643,12 @@ def _built(model: type[_S], tree: Mapping[str, Any], where: str) -> _S:
         raise ConfigError("\n  ".join(lines)) from None
 
 
-def _read(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _read(path: SettingsLike | None, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The plain tree of a file and overrides, and where it is from."""
-    tree = _merged(_read_toml(path) if path is not None else {}, _changes(overrides))
-    origins = [*([str(path)] if path is not None else []), *(["the command line"] if overrides else [])]
+    given = path if isinstance(path, Mapping) else {} if path is None else _read_toml(path)
+    name = "the mapping" if isinstance(path, Mapping) else path
+    tree = _merged(given, _changes(overrides))
+    origins = [*([str(name)] if name is not None else []), *(["the command line"] if overrides else [])]
     return tree, " and ".join(origins) or "no file"
 
 

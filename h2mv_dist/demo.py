@@ -15,11 +15,12 @@ from rich.console import Console
 from h2mv_dist.analysis.figures import FoldCurve
 from h2mv_dist.analysis.report import write_report
 from h2mv_dist.config import Settings, StorageOptions, load
-from h2mv_dist.display import watching_folds, watching_tiles
+from h2mv_dist.display import watching
 from h2mv_dist.io.cache import StagedCells, stage
 from h2mv_dist.io.source import open_source
 from h2mv_dist.io.stores import delete_tree, exists
 from h2mv_dist.jobs.cluster import connect
+from h2mv_dist.jobs.export import fold_curve
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import chosen_folds, submit_training
@@ -99,7 +100,7 @@ def _make_world_once(url: str, options: StorageOptions, console: Console) -> Non
 def _train(client: Client, settings: Settings, job: str, options: StorageOptions, console: Console) -> None:
     console.print(f"training folds {list(chosen_folds(settings))} with {settings.training.ranks} ranks each")
     handle = submit_training(client, settings, job, options)
-    with watching_folds(console) as watch:
+    with watching(console) as watch:
         handle.wait(watch)
 
 
@@ -109,7 +110,7 @@ def _infer(
     console.print(f"running all trained folds over the globe into {cube}", soft_wrap=True)
     handle = submit_inference(client, settings, job, cube, options)
     if handle is not None:
-        with watching_tiles(console) as watch:
+        with watching(console) as watch:
             handle.wait(watch)
 
 
@@ -153,11 +154,4 @@ def _curve(
     floor = loss_floor(
         settings.data.url, staged, settings.folds, fold, settings.training.spinup_days, options
     )
-    return FoldCurve(
-        fold=fold,
-        epochs=tuple(m["epoch"] for m in metrics),
-        train_loss=tuple(m["train_loss"] for m in metrics),
-        valid_loss=tuple(m["valid_loss"] for m in metrics),
-        best_epoch=int(metrics[-1]["best_epoch"]),
-        floor=floor,
-    )
+    return fold_curve(fold, metrics, floor)

@@ -9,43 +9,45 @@ from rich.live import Live
 from rich.table import Table
 
 from h2mv_dist.jobs.handle import Watcher
+from h2mv_dist.jobs.messages import kind_of
+from h2mv_dist.jobs.progress import (
+    FOLD_COLUMNS,
+    duration,
+    fold_cells,
+    number,
+    progress_of,
+    speed,
+    waits_for,
+)
 
 _COLOURS = {"running": "cyan", "done": "green", "failed": "red", "cancelled": "yellow"}
 
 
 @contextmanager
-def watching_folds(console: Console) -> Iterator[Watcher]:
-    """Show every fold with its epoch and losses."""
-    with _watching(console, _fold_table, _fold_line) as watch:
-        yield watch
-
-
-@contextmanager
-def watching_tiles(console: Console) -> Iterator[Watcher]:
-    """Show how many tiles, or stretches of days, are finished."""
-    with _watching(console, _tile_table, None) as watch:
-        yield watch
-
-
-@contextmanager
-def _watching(console: Console, table: Any, line: Any) -> Iterator[Watcher]:
+def watching(console: Console) -> Iterator[Watcher]:
+    """Show every fold with its epoch and losses, or how many tiles, or stretches of days, are finished."""
     if not console.is_terminal:
-        yield _Lines(console, line)
+        yield _Lines(console)
         return
     with Live(console=console, refresh_per_second=4) as live:
-        yield lambda status: live.update(table(status))
+        yield lambda status: live.update(table_of(status))
+
+
+def table_of(status: Mapping[str, Any]) -> Table:
+    """A job by its status."""
+    return _fold_table(status) if kind_of(status["id"]) == "train" else _tile_table(status)
 
 
 class _Lines:
     """Prints what changed, for logs."""
 
-    def __init__(self, console: Console, line: Any) -> None:
-        self.console, self.line = console, line
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.seen: dict[str, str] = {}
 
     def __call__(self, status: Mapping[str, Any]) -> None:
         for unit in status["units"]:
-            text = _state_text(unit) if self.line is None else self.line(unit)
+            text = _line(unit)
             if self.seen.get(unit["name"]) != text:
                 self.seen[unit["name"]] = text
                 self.console.print(text, highlight=False, soft_wrap=True)
@@ -55,42 +57,41 @@ def _state_text(unit: Mapping[str, Any]) -> str:
     return f"{unit['name']}: {unit['state']}"
 
 
-def _fold_line(unit: Mapping[str, Any]) -> str:
+def _line(unit: Mapping[str, Any]) -> str:
     latest = unit["latest"]
-    if reason := _waits_for(unit):
+    if reason := waits_for(unit):
         return f"{unit['name']}: waits, {reason}"
     if "epoch" not in latest:
         return _state_text(unit)
     return (
-        f"{unit['name']}: {unit['state']}, epoch {latest['epoch']}, train {_number(latest['train_loss'])}, "
-        f"validation {_number(latest['valid_loss'])}, best {_number(latest['best_loss'])}"
+        f"{unit['name']}: {unit['state']}, epoch {latest['epoch']}, train {number(latest['train_loss'])}, "
+        f"validation {number(latest['valid_loss'])}, best {number(latest['best_loss'])}"
     )
 
 
-def _waits_for(unit: Mapping[str, Any]) -> str:
-    """Why a rank waits for room in its store, or a fold before it is tried again; "" if they do not."""
-    if unit["state"] == "queued" and unit["pause"]:
-        return str(unit["error"])
-    waits = unit["state"] == "running" and unit["latest"].get("event") == "waiting"
-    return str(unit["latest"]["reason"]) if waits else ""
-
-
 def _fold_table(status: Mapping[str, Any]) -> Table:
-    table = Table(title=f"training {status['id']}", title_justify="left")
-    for column in ("fold", "state", "attempt", "epoch", "train", "validation", "best", "s / epoch"):
+    table = Table(title=_title(status), title_justify="left")
+    for column in FOLD_COLUMNS:
         table.add_column(column, justify="left" if column in ("fold", "state") else "right")
     for unit in status["units"]:
-        latest = unit["latest"]
-        losses = (_number(latest.get(k)) for k in ("train_loss", "valid_loss", "best_loss", "seconds"))
-        reason = _waits_for(unit)
-        state = reason.splitlines()[0] if reason else _state(unit["state"])
-        table.add_row(unit["name"], state, str(unit["attempt"]), str(latest.get("epoch", "-")), *losses)
+        name, state, *rest = fold_cells(unit)
+        table.add_row(name, _state(state), *rest)
     return table
+
+
+def _title(status: Mapping[str, Any]) -> str:
+    """What it is, how fast it goes on, and how long that takes at most."""
+    progress = progress_of(status)
+    told = f"{status['id']}: {progress.done} of {progress.total} {progress.step}s"
+    if rate := speed(progress):
+        told += f", {rate}, {duration(progress.seconds_left)} left"
+        told += " at most" if progress.step == "epoch" else ""
+    return told
 
 
 def _tile_table(status: Mapping[str, Any]) -> Table:
     states = [unit["state"] for unit in status["units"]]
-    table = Table(title=status["id"], title_justify="left")
+    table = Table(title=_title(status), title_justify="left")
     for state in dict.fromkeys(("done", "running", *states)):
         table.add_column(_state(state), justify="right")
     table.add_row(*(str(states.count(s)) for s in dict.fromkeys(("done", "running", *states))))
@@ -100,7 +101,3 @@ def _tile_table(status: Mapping[str, Any]) -> Table:
 def _state(state: str) -> str:
     colour = _COLOURS.get(state)
     return f"[{colour}]{state}[/]" if colour else state
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

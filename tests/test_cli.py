@@ -78,7 +78,7 @@ def test_verify_fails_on_a_file_that_is_off(shared: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "command",
     [
-        *("world", "prepare", "train", "cancel", "infer", "compact"),
+        *("world", "prepare", "train", "infer", "compact", "jobs"),
         *("settings", "verify", "verify-cube", "demo", "cluster"),
     ],
 )
@@ -100,7 +100,7 @@ def test_the_printed_settings_are_a_start(tmp_path: Path) -> None:
 
 
 def test_cancel_needs_a_scheduler() -> None:
-    done = run("cancel", "job")
+    done = run("jobs", "cancel", "job")
     assert done.returncode == 2
     assert "--address" in done.stderr
 

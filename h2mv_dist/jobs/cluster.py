@@ -385,12 +385,14 @@ def smallest_memory(client: Client) -> int | None:
     return min(filter(None, limits), default=None)
 
 
-def known_options(from_settings: StorageOptions) -> StorageOptions:
-    """Storage options of the settings, over those of Dask's configuration (``h2mv_dist.storage_options``).
+def known_options(*given: StorageOptions) -> StorageOptions:
+    """Storage options of Dask's configuration (``h2mv_dist.storage_options``), under those that are given.
 
-    fsspec's own environment variables (``FSSPEC_S3_KEY``, ``AWS_ACCESS_KEY_ID`` ...) work without being
-    mentioned here.
+    Of the given ones, later ones count. fsspec's own environment variables (``FSSPEC_S3_KEY``,
+    ``AWS_ACCESS_KEY_ID`` ...) work without being mentioned here.
     """
-    configured = StorageOptions(dask.config.get("h2mv_dist.storage-options", None))
-    protocols = {*configured, *from_settings}
-    return StorageOptions({p: {**configured.get(p, {}), **from_settings.get(p, {})} for p in protocols})
+    layers = (StorageOptions(dask.config.get("h2mv_dist.storage-options", None)), *given)
+    protocols = {protocol for layer in layers for protocol in layer}
+    return StorageOptions(
+        {p: {key: value for layer in layers for key, value in layer.get(p, {}).items()} for p in protocols}
+    )

@@ -193,7 +193,7 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
     final = Unit(FINISH, "compact", {}, attempts=_ATTEMPTS)
     return submit(
         client,
-        Job(id=job_id("compact", plan.target), common=common, units=tuple(_units(plan)), final=final),
+        Job(job_id("compact", plan.target), plan.target, common, tuple(_units(plan)), final),
     )
 
 

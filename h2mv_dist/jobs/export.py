@@ -1,12 +1,13 @@
 """A training job's numbers for other tools: one table, or TensorBoard's event files."""
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from h2mv_dist.analysis.figures import FoldCurve
 from h2mv_dist.errors import ConfigError, describe
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.sweep import variants
@@ -21,6 +22,30 @@ def metrics_table(folder: JobFolder) -> pd.DataFrame:
         StoreError: there is no job, or it cannot be read.
     """
     return pd.DataFrame([row for _, rows in _folds(folder) for row in rows])
+
+
+def fold_curves(folder: JobFolder) -> list[FoldCurve]:
+    """The losses of every fold that has finished an epoch, in all runs.
+
+    Raises:
+        StoreError: there is no job, or it cannot be read.
+    """
+    settings = folder.settings()
+    runs = [folder.run(variant.name) for variant in variants(settings)]
+    found = [(fold, run.fold(fold).metrics()) for run in runs for fold in run.begun_folds()]
+    return [fold_curve(fold, metrics, None) for fold, metrics in found if metrics]
+
+
+def fold_curve(fold: int, metrics: Sequence[Mapping[str, Any]], floor: float | None) -> FoldCurve:
+    """The course of a fold from the numbers of its epochs; ``floor`` is the loss of the truth, if known."""
+    return FoldCurve(
+        fold=fold,
+        epochs=tuple(m["epoch"] for m in metrics),
+        train_loss=tuple(m["train_loss"] for m in metrics),
+        valid_loss=tuple(m["valid_loss"] for m in metrics),
+        best_epoch=int(metrics[-1]["best_epoch"]),
+        floor=floor,
+    )
 
 
 def to_tensorboard(folder: JobFolder, directory: Path) -> int:

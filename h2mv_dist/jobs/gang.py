@@ -12,7 +12,7 @@ import itertools
 import pickle
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args
 
@@ -21,7 +21,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState, heartbeat_interval
 from tornado.ioloop import PeriodicCallback
 
-from h2mv_dist.jobs import prometheus, tasks
+from h2mv_dist.jobs import page, prometheus, tasks
 from h2mv_dist.jobs.lease import Health, Seat, choose_seats
 from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
 from h2mv_dist.jobs.preemption import NannyPreemption, Preemption
@@ -100,8 +100,14 @@ class Coordinator(SchedulerPlugin):
         await scheduler.register_nanny_plugin(
             comm=None, plugin=pickle.dumps(NannyPreemption()), name=NannyPreemption.name, idempotent=True
         )
-        scheduler.handlers.update(h2mv_submit=self.submit, h2mv_status=self.status, h2mv_cancel=self.cancel)
+        scheduler.handlers.update(
+            h2mv_submit=self.submit,
+            h2mv_status=self.status,
+            h2mv_cancel=self.cancel,
+            h2mv_jobs=self.list_jobs,
+        )
         self.unregister = prometheus.register(self.jobs, self.health)
+        page.serve(scheduler, self.jobs)
         self.pump_timer = PeriodicCallback(self.pump, PUMP_MILLISECONDS)
         self.pump_timer.start()
 
@@ -135,6 +141,10 @@ class Coordinator(SchedulerPlugin):
             return None
         return {**self.jobs[job].status(), "quarantined": dict(self.health.quarantined)}
 
+    async def list_jobs(self) -> list[dict[str, Any]]:
+        """State of all jobs since this scheduler started, in the order they were submitted."""
+        return [job.status() for job in sorted(self.jobs.values(), key=lambda job: job.submitted)]
+
     async def cancel(self, job: str) -> bool:
         """Stop a job's units; workers are free within a second. False if there was nothing to stop."""
         cancelled = self.jobs.get(job)
@@ -148,6 +158,7 @@ class Coordinator(SchedulerPlugin):
         for gang in self.leases.values():
             if gang.job == job:
                 gang.end(Failure("cancelled", "cancelled"))
+        self._record_end(cancelled)
         return True
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -208,7 +219,11 @@ class Coordinator(SchedulerPlugin):
         new_future = asyncio.get_running_loop().create_future
         gang = _Gang(job.id, name, seats, ended=new_future(), told=new_future())
         self.leases.update((seat.address, gang) for seat in seats)
-        task = asyncio.ensure_future(self._run(job, unit, gang))
+        self._keep(self._run(job, unit, gang))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside everything else; the event loop itself would forget it."""
+        task = asyncio.ensure_future(work)
         self.running.add(task)
         task.add_done_callback(self.running.discard)
 
@@ -226,7 +241,19 @@ class Coordinator(SchedulerPlugin):
         final = job.finish()
         if final is not None:
             self._queue(job, final)
+        self._record_end(job)
         self.pump()
+
+    def _record_end(self, job: Job) -> None:
+        """Have some worker write down how a job ended, once it has."""
+        if job.finished and job.place:
+            self._keep(self._write_end(job))
+
+    async def _write_end(self, job: Job) -> None:
+        record = {"scheduler": self.scheduler.address, **job.ending()}
+        content = {"job": job.id, "unit": "record", "record": record}
+        message = tasks.Message({**content, "storage_options": job.common["storage_options"]})
+        await self.client.submit(tasks.record_end, message, pure=False, retries=0)
 
     def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
         if failed.failure.kind == "machine" and failed.slot:

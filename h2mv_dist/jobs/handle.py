@@ -7,8 +7,12 @@ from typing import Any, Final
 
 from distributed import Client
 
+from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, describe
+from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.messages import Job
+from h2mv_dist.jobs.progress import summary_of
+from h2mv_dist.jobs.run_record import RunRecord
 
 POLL_SECONDS: Final = 0.5
 _GO_ON: Final = (
@@ -33,7 +37,7 @@ class JobHandle:
         Raises:
             JobError: the scheduler does not know the job.
         """
-        status: dict[str, Any] | None = _call(self.client, "h2mv_status", self.id)
+        status = status_of(self.client, self.id)
         if status is None:
             raise JobError(
                 describe(
@@ -63,32 +67,58 @@ class JobHandle:
             if status["finished"]:
                 break
             time.sleep(POLL_SECONDS)
-        _raise_failures(status)
+        raise_failures(status)
         return status
+
+
+def status_of(client: Client, job: str) -> dict[str, Any] | None:
+    """State of every unit of a job, or None if the client's scheduler does not know it.
+
+    Raises:
+        JobError: the scheduler is gone.
+    """
+    status: dict[str, Any] | None = _call(client, "h2mv_status", job)
+    return status
 
 
 def running(client: Client, job: str) -> JobHandle | None:
     """A handle on a job that is still running on the client's scheduler, if it is."""
-    status = _call(client, "h2mv_status", job)
+    status = status_of(client, job)
     return JobHandle(job, client) if status is not None and not status["finished"] else None
 
 
 def submit(client: Client, job: Job) -> JobHandle:
-    """Hand a job to the coordinator.
+    """Hand a job to the coordinator, and leave a record of that beside what it fills.
 
     Raises:
         JobError: a job of this name is running.
+        StoreError: the record cannot be written.
     """
+    if running(client, job.id) is None and job.place:
+        begun = RunRecord(
+            id=job.id,
+            place=job.place,
+            scheduler=scheduler_address(client),
+            submitted=time.time(),
+            units=tuple(unit.name for unit in job.units),
+        )
+        begun.write(StorageOptions(job.common["storage_options"]))
     refusal = _call(client, "h2mv_submit", job.message())
     if refusal:
         raise JobError(f"{refusal}; wait for it, or cancel it first")
     return JobHandle(job.id, client)
 
 
-def _call(client: Client, handler: str, job: Any) -> Any:
-    """Ask the coordinator; its handlers take a job or its id."""
+def known_jobs(client: Client) -> list[dict[str, Any]]:
+    """Status of every job the client's scheduler was given, oldest first."""
+    return list(_call(client, "h2mv_jobs"))
+
+
+def _call(client: Client, handler: str, job: Any = None) -> Any:
+    """Ask the coordinator; its handlers take a job, its id, or nothing."""
+    arguments = {} if job is None else {"job": job}
     try:
-        return client.sync(getattr(client.scheduler, handler), job=job)
+        return client.sync(getattr(client.scheduler, handler), **arguments)
     except OSError as error:
         raise JobError(
             describe(
@@ -101,10 +131,20 @@ def _call(client: Client, handler: str, job: Any) -> Any:
         ) from error
 
 
-def _raise_failures(status: Mapping[str, Any]) -> None:
+def raise_failures(status: Mapping[str, Any]) -> None:
+    """Raise what the first failed unit itself said, short.
+
+    Raises:
+        JobError: a unit failed, or the job was cancelled.
+    """
     failed = [unit for unit in status["units"] if unit["state"] == "failed"]
     if failed:
-        errors = "\n".join(f"{u['name']} (attempt {u['attempt']}): {u['error']}" for u in failed)
-        raise JobError(f"{len(failed)} of {len(status['units'])} units of {status['id']} failed\n{errors}")
+        first = failed[0]
+        others = "".join(f"\n{unit['name']}: {summary_of(unit['error'])}" for unit in failed[1:])
+        raise JobError(
+            f"{first['name']} (attempt {first['attempt']}): {summary_of(first['error'])}{others}\n"
+            f"{len(failed)} of {len(status['units'])} units of {status['id']} failed; everything they said: "
+            f"h2mv-dist jobs logs {status['place']}"
+        )
     if status["cancelled"]:
         raise JobError(f"job {status['id']} was cancelled")

@@ -76,7 +76,7 @@ def start_inference(
         for tile in in_good_order(planned, missing)
     )
     final = Unit(FINISH_UNIT, "finish", {}, attempts=attempts)
-    return submit(client, Job(id=job_id("infer", cube), common=common, units=units, final=final))
+    return submit(client, Job(job_id("infer", cube), cube, common, units, final))
 
 
 def submit_inference(

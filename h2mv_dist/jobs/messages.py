@@ -1,5 +1,7 @@
 """What travels between client, scheduler and workers: jobs and their units, as plain dictionaries."""
 
+import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
@@ -18,6 +20,7 @@ FULL_PATIENCE_SECONDS: Final = 3600.0
 """How long a unit is tried again while a store or disk has no room, before that counts as its failure."""
 FIRST_PAUSE_SECONDS: Final = 5.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
+_ID: Final = re.compile(r"(train|infer|prepare|compact)-[0-9a-f]{8}")
 _PAUSED: Final = ("full", "busy")
 """What is no better if tried again at once."""
 
@@ -39,6 +42,7 @@ class Unit:
         spec: JSON-able arguments.
         ranks: gang size.
         attempts: how often it may fail without having got any further.
+        steps: how many it takes at most; epochs of a fold, else 1.
         attempt: number of the current or last attempt; a resumed unit goes on counting.
         failures: since the last progress.
         pause: seconds to wait before the next attempt.
@@ -49,6 +53,7 @@ class Unit:
     spec: Mapping[str, Any]
     ranks: int = 1
     attempts: int = 3
+    steps: int = 1
     state: UnitState = "queued"
     attempt: int = 0
     failures: int = 0
@@ -119,6 +124,7 @@ class Unit:
             "spec": dict(self.spec),
             "ranks": self.ranks,
             "attempts": self.attempts,
+            "steps": self.steps,
             "attempt": self.attempt,
         }
 
@@ -127,6 +133,7 @@ class Unit:
         return {
             "name": self.name,
             "state": self.state,
+            "steps": self.steps,
             "attempt": self.attempt,
             "workers": list(self.workers),
             "error": self.error,
@@ -141,19 +148,23 @@ class Job:
 
     Attributes:
         id: unique on a scheduler.
+        place: URL of the folder or store it fills.
         common: JSON-able arguments that all units share; may hold credentials, so it is never shown.
         units: what can run in any order.
         final: runs once all units are done.
         always_final: run the final unit even if some units failed.
         priority: jobs with a higher one come first.
+        submitted: by the scheduler's clock, seconds since 1970.
     """
 
     id: str
+    place: str
     common: Mapping[str, Any] = field(repr=False)
     units: tuple[Unit, ...]
     final: Unit | None = None
     always_final: bool = False
     priority: int = 0
+    submitted: float = 0.0
     cancelled: bool = False
 
     def all_units(self) -> Iterator[Unit]:
@@ -193,6 +204,7 @@ class Job:
         """What a client sends to the scheduler."""
         return {
             "id": self.id,
+            "place": self.place,
             "common": dict(self.common),
             "units": [unit.message() for unit in self.units],
             "final": self.final.message() if self.final is not None else None,
@@ -204,9 +216,25 @@ class Job:
         """What a client is told."""
         return {
             "id": self.id,
+            "place": self.place,
+            "submitted": self.submitted,
+            "now": time.time(),
             "finished": self.finished,
             "cancelled": self.cancelled,
             "units": [unit.status() for unit in self.all_units()],
+        }
+
+    def ending(self) -> dict[str, Any]:
+        """How it ended, for its record: see :class:`h2mv_dist.jobs.run_record.RunRecord`."""
+        failed = {unit.name: unit.error for unit in self.all_units() if unit.state == "failed"}
+        return {
+            "id": self.id,
+            "place": self.place,
+            "submitted": self.submitted,
+            "units": [unit.name for unit in self.units],
+            "state": "cancelled" if self.cancelled else "failed" if failed else "done",
+            "ended": time.time(),
+            "failed": failed,
         }
 
     @staticmethod
@@ -215,9 +243,29 @@ class Job:
         final = message["final"]
         return Job(
             id=message["id"],
+            place=message["place"],
             common=message["common"],
             units=tuple(Unit(**unit) for unit in message["units"]),
             final=Unit(**final, state="waiting") if final is not None else None,
             always_final=message["always_final"],
             priority=message["priority"],
+            submitted=time.time(),
         )
+
+
+def is_id(text: str) -> bool:
+    """Whether a text is a job's id, and no place.
+
+    >>> is_id("train-0123abcd"), is_id("train-later"), is_id("s3://bucket/train-0123abcd")
+    (True, False, False)
+    """
+    return _ID.fullmatch(text) is not None
+
+
+def kind_of(job: str) -> str:
+    """What a job does, from its id.
+
+    >>> kind_of("infer-3f2a")
+    'infer'
+    """
+    return job.partition("-")[0]

@@ -140,7 +140,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     attempts = settings.prepare.attempts
     units = tuple(Unit(name, "prepare", {}, attempts=attempts) for name in names)
     final = Unit(FINISH, "prepare", {}, attempts=attempts)
-    return submit(client, Job(id=job_id("prepare", to), common=common, units=units, final=final))
+    return submit(client, Job(job_id("prepare", to), to, common, units, final))
 
 
 def run_prepare_unit(message: Message) -> None:

@@ -10,6 +10,7 @@
     folds/NN/attempts/A/rank-R.json   who ran the rank where and when, its first step, and how it ended
     folds/NN/attempts/A/rank-R.log    what it printed
     folds/NN/done.json             present when the fold is finished
+    run.json                       how the last run went, see jobs/run_record.py
     runs/NAME/...                  the same again for each run of a sweep
 
 A job can be resumed from its folder alone. Credentials are never in it.
@@ -92,7 +93,15 @@ class AttemptRecord:
     def write_log(self, rank: int, text: bytes) -> None:
         """What a rank printed, if anything."""
         if text:
-            stores.put_object(stores.join(self.url, f"rank-{rank}.log"), text, self.options)
+            stores.put_object(self._log(rank), text, self.options)
+
+    def log(self, rank: int) -> bytes:
+        """What a rank printed that has ended; nothing if it printed nothing."""
+        there = stores.exists(self._log(rank), self.options)
+        return stores.get_object(self._log(rank), self.options) if there else b""
+
+    def _log(self, rank: int) -> str:
+        return stores.join(self.url, f"rank-{rank}.log")
 
 
 @dataclass(frozen=True, slots=True)

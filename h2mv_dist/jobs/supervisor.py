@@ -40,6 +40,15 @@ LOG_BYTES: Final = 4 * 2**20
 
 _log = logging.getLogger(__name__)
 
+_logs: dict[tuple[str, str, int, int], IO[bytes]] = {}
+"""What the ranks of this worker print to, by job, unit, attempt and rank."""
+
+
+def printed_so_far(job: str) -> dict[tuple[str, int, int], str]:
+    """On a worker: the end of what its ranks of a job printed, by unit, attempt and rank."""
+    own = {key[1:]: log for key, log in tuple(_logs.items()) if key[0] == job}
+    return {key: _end_of(log).decode(errors="replace") for key, log in own.items()}
+
 
 def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
     """Run a rank to its end; returns its last report.
@@ -53,6 +62,8 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
     with one_rank, tempfile.TemporaryFile() as log:
         started = _who(place)
         failure: Failure | None = None
+        key = (message["job"], message["unit"], place.attempt, place.rank)
+        _logs[key] = log
         try:
             _require_time()
             record.write_rank(place.rank, started)
@@ -62,6 +73,7 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
             failure = failure_of(error)
             raise
         finally:
+            del _logs[key]
             close_rendezvous(place.gang)
             _keep(record, place.rank, started, failure, log)
 
@@ -92,12 +104,17 @@ def _keep(
 ) -> None:
     """Write how it ended and what it printed; a store that fails now must not hide the failure itself."""
     ended = {"kind": "done", "reason": ""} if failure is None else failure._asdict()
-    log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
     try:
         record.write_rank(rank, {**started, "ended": time.time(), "outcome": ended})
-        record.write_log(rank, log.read(LOG_BYTES))
+        record.write_log(rank, _end_of(log))
     except StoreError as error:
         _log.warning("the log of rank %d could not be kept: %s", rank, error)
+
+
+def _end_of(log: IO[bytes]) -> bytes:
+    """What is kept of a log; a child may be writing to it, so its place there is left alone."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), LOG_BYTES, max(0, size - LOG_BYTES))
 
 
 class _Child:

@@ -515,7 +515,7 @@ class FoldRun:
         improved = self.progress.best_epoch != before.best_epoch
         self._persist(lambda writer: self._store_epoch(writer, metrics, improved))
         shown = ("epoch", "train_loss", "valid_loss", "best_loss", "learning_rate", "skipped", "seconds")
-        self.emit(event="epoch", epochs=self.training.epochs, **{k: metrics.get(k) for k in shown})
+        self.emit(event="epoch", **{k: metrics.get(k) for k in shown})
 
     def _step(self, distributed: DistributedDataParallel, batch: Batch) -> Outcome:
         """One optimizer step, unless loss or gradient is not finite, which all ranks see alike."""

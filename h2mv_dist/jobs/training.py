@@ -15,7 +15,7 @@ from h2mv_dist.io.source import open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, is_id
 from h2mv_dist.jobs.reach import require_shared
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.sweep import Variant, variants
@@ -66,6 +66,7 @@ class Run:
                 spec={"fold": fold, "folder": self.folder.url, "settings": to_json(self.variant.settings)},
                 ranks=training.ranks,
                 attempts=training.attempts,
+                steps=training.epochs,
                 attempt=attempt,
             )
 
@@ -125,6 +126,7 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
     }
     job = Job(
         id=job_id("train", folder.url),
+        place=folder.url,
         common=common,
         units=tuple(unit for run in plan.runs for unit in run.units()),
         final=Unit("summary", "summary", {}),
@@ -140,12 +142,17 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
 
 
 def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
-    """Stop what runs for a job folder, or to fill a cube, a copy or a prepared store; returns their names.
+    """Stop what runs for a job folder, or to fill a cube, a copy or a prepared store; returns their ids.
+
+    Args:
+        client: connected to the scheduler that runs it.
+        url: the place, or the id of one job.
 
     Raises:
         JobError: nothing does.
     """
-    names = tuple(job_id(kind, url) for kind in ("train", "infer", "prepare", "compact"))
+    kinds = ("train", "infer", "prepare", "compact")
+    names = (url,) if is_id(url) else tuple(job_id(kind, shared_place(url)) for kind in kinds)
     cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
     if not cancelled:
         raise JobError(

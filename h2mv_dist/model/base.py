@@ -200,10 +200,10 @@ class ProcessModel(nn.Module, ABC):
     def outputs_without_days(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Static outputs [cell], and constants."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
     def day_block(
-        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+        cls, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
     ) -> tuple[tuple[Tensor, ...], State]:
         """Run some days; see :data:`h2mv_dist.model.days.DayBlock`."""
 

@@ -189,9 +189,14 @@ class CellShared(NamedTuple):
 
 
 class H2MV(ProcessModel):
-    """The published model; the number of static features and the widths are sizes of the model."""
+    """The published model; the number of static features and the widths are sizes of the model.
+
+    Attributes:
+        physics: advances all stores by a day; a model with other laws is a subclass with another one.
+    """
 
     spec = SPEC
+    physics = staticmethod(physics_day)
     forcing_mean: Tensor
     forcing_std: Tensor
     static_mean: Tensor
@@ -248,9 +253,9 @@ class H2MV(ProcessModel):
         }
         return {"soil_moisture_capacity": cells.capacity}, constants
 
-    @staticmethod
+    @classmethod
     def day_block(
-        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+        cls, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
     ) -> tuple[tuple[Tensor, ...], State]:
         """Run some days; see :data:`h2mv_dist.model.days.DayBlock`."""
         shared, cells = _typed(prepared)
@@ -262,7 +267,7 @@ class H2MV(ProcessModel):
         for today, *skies in zip(scaled, *weather, strict=True):
             memory = FeedbackLSTM.step(cells.constant_gates, today, stores, memory, shared.network)
             learned = _activate(FeedbackLSTM.heads(memory.hidden, shared.network))
-            stores, fluxes = physics_day(
+            stores, fluxes = cls.physics(
                 stores, Weather(*skies), learned, cells.capacity, cells.baseflow_recession
             )
             history.append((*learned[:-1], *stores, *fluxes))

@@ -1,17 +1,27 @@
-"""Model name -> how it is built and what it is trained on. A new model is one entry here."""
+"""Model name -> how it is built and what it is trained on. A new model is one entry here.
+
+Models of other packages are found by the entry points they declare, so that a worker can build them, too:
+
+    [project.entry-points."h2mv_dist.models"]
+    my-model = "my_package.my_module:KIND"
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Final
 
-from h2mv_dist.errors import ConfigError
+from h2mv_dist.errors import ConfigError, describe
 from h2mv_dist.model import h2mv
 from h2mv_dist.model.base import ProcessModel
 from h2mv_dist.model.loss import AnomalyError, LossSum, LossTerm, SaturatingError, StepError
 from h2mv_dist.spec import ModelSpec, Scaler
 from h2mv_dist.variables import nearest
+
+GROUP: Final = "h2mv_dist.models"
+"""Entry points of packages that bring models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +59,29 @@ MODELS: Final[Mapping[str, ModelKind]] = MappingProxyType(
 
 
 def model_kind(name: str) -> ModelKind:
-    """The model called ``name``.
+    """The model called ``name``, of this package or of an installed one.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or its package cannot be used.
     """
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r} in model.name; {nearest(name, MODELS)}")
-    return MODELS[name]
+    if name in MODELS:
+        return MODELS[name]
+    installed = entry_points(group=GROUP)
+    if name not in installed.names:
+        names = (*MODELS, *installed.names)
+        raise ConfigError(f"unknown model {name!r} in model.name; {nearest(name, names)}")
+    found = installed[name].load()
+    if not isinstance(found, ModelKind) or found.spec.name != name:
+        raise ConfigError(
+            describe(
+                "an installed model cannot be used",
+                where=f"entry point {installed[name].value} of {GROUP}",
+                expected=f"a ModelKind whose spec is called {name!r}",
+                actual=f"{found.spec.name!r}" if isinstance(found, ModelKind) else type(found).__name__,
+                fix="correct the package, and install it again on every worker",
+            )
+        )
+    return found
 
 
 def chosen_targets(spec: ModelSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

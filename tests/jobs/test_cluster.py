@@ -71,7 +71,7 @@ REGISTER = "register_scheduler_plugin"
 def assert_runs_jobs(client: Client) -> None:
     """The coordinator leases a worker, and says that what ran there failed: the unit is empty."""
     client.wait_for_workers(1, timeout=START_SECONDS)
-    job = Job("empty", {}, (Unit("nothing", "tile", {}, attempts=1),))
+    job = Job("empty", "", {}, (Unit("nothing", "tile", {}, attempts=1),))
     with pytest.raises(JobError, match="1 of 1 units of empty failed"):
         submit(client, job).wait()
 

@@ -104,7 +104,7 @@ def test_a_resumed_unit_goes_on_counting_attempts() -> None:
 @pytest.mark.parametrize(("always", "expected"), [(True, "queued"), (False, "cancelled")])
 def test_the_final_unit_after_a_failure(always: bool, expected: str) -> None:
     end = Unit("end", "summary", {}, state="waiting")
-    job = Job("j", {}, (unit(), unit()), final=end, always_final=always)
+    job = Job("j", "", {}, (unit(), unit()), final=end, always_final=always)
     assert job.finish() is None
     job.units[0].state = "done"
     assert job.finish() is None
@@ -138,7 +138,7 @@ def test_a_host_whose_slots_all_fail_is_quarantined_as_a_whole() -> None:
 
 def test_messages_survive_the_way() -> None:
     end = Unit("end", "summary", {})
-    job = Job("j", {"a": 1}, (unit(ranks=2),), final=end, always_final=True, priority=3)
+    job = Job("j", "s3://b/j", {"a": 1}, (unit(ranks=2),), final=end, always_final=True, priority=3)
     back = Job.from_message(job.message())
     assert back.message() == job.message()
     status: Mapping[str, Any] = back.status()

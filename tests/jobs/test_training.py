@@ -12,7 +12,7 @@ from distributed import Client
 
 from h2mv_dist.cli import app
 from h2mv_dist.config import validate
-from h2mv_dist.display import _fold_line
+from h2mv_dist.display import _line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.cluster import scheduler_address
@@ -165,8 +165,8 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
     status = handle.wait(watch)
     assert {unit["state"] for unit in status["units"]} == {"done"}
     assert paused[0]["state"] == "queued"
-    assert str(tmp_path) in _fold_line(paused[0])
-    assert "fold-00: waits" in _fold_line(paused[0])
+    assert str(tmp_path) in _line(paused[0])
+    assert "fold-00: waits" in _line(paused[0])
     assert status["units"][0]["attempt"] == 2
     assert not handle.cancel(), "there is nothing left to cancel"
     assert not handle.status()["cancelled"]
@@ -185,7 +185,7 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     with process(log, "h2mv_dist.cli", *command) as watching:
         wait_until(lambda: "fold-00: running, epoch" in log.read_text(), "a watcher", log)
         assert "the job is running already" in log.read_text()
-        app(["cancel", url, *address], standalone_mode=False)
+        app(["jobs", "cancel", url, *address], standalone_mode=False)
         assert watching.wait(30) == 2
     assert "was cancelled" in log.read_text()
     assert handle.status()["cancelled"]
@@ -196,7 +196,7 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
 
 def test_an_inference_is_cancelled_by_its_cube(client: Client) -> None:
     name = job_id("infer", "/cube")
-    handle = submit(client, Job(name, {}, (Unit("too large for the cluster", "tile", {}, ranks=99),)))
+    handle = submit(client, Job(name, "", {}, (Unit("too large for the cluster", "tile", {}, ranks=99),)))
     assert cancel_jobs(client, "/cube") == (name,)
     assert handle.status()["cancelled"]
     assert handle.status()["finished"]

@@ -1,0 +1,163 @@
+"""``h2mv-dist jobs``: by id on a scheduler, or by URL, for which the records alone will do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from h2mv_dist.cli_common import (
+    INTERRUPTED,
+    Address,
+    AsJson,
+    ClusterFile,
+    Overrides,
+    console,
+    place,
+    print_json,
+    with_address,
+)
+from h2mv_dist.config import load_cluster, overridden_options
+
+if TYPE_CHECKING:
+    from h2mv_dist.notebook import Job
+
+jobs_app = typer.Typer(help="Jobs that run, or ran: list, show, logs, cancel, watch.", no_args_is_help=True)
+
+JobName = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="Job folder, or store that is filled (URL); or a job's id on a scheduler."
+    ),
+]
+
+
+@jobs_app.command("list")
+def list_jobs(
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder (URL) below which to look for records.", callback=place)
+    ] = None,
+    address: Address = None,
+    settings: ClusterFile = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs a scheduler knows, and those with records below FOLDER."""
+    import h2mv_dist.notebook as nb
+    from h2mv_dist.jobs.progress import progress_of
+
+    changes = with_address(set_, address)
+    with _connected(settings, changes, needed=folder is None):
+        found = [one.status() for one in nb.jobs(folder, storage_options=overridden_options(changes))]
+    if as_json:
+        print_json([_as_record(status) for status in found])
+        return
+    table = Table("job", "state", "done", "place")
+    for status in found:
+        progress = progress_of(status)
+        done = f"{progress.done} of {progress.total} {progress.step}s"
+        table.add_row(status["id"], progress.state, done, status["place"])
+    console.print(table if found else "no jobs")
+
+
+@jobs_app.command("show")
+def show(
+    job: JobName,
+    address: Address = None,
+    settings: ClusterFile = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is, and what its units said when they failed."""
+    from h2mv_dist.display import table_of
+
+    with _found(job, settings, with_address(set_, address)) as found:
+        status = found.status()
+    if as_json:
+        print_json(_as_record(status))
+        return
+    console.print(table_of(status))
+    for unit in status["units"]:
+        if unit["error"]:
+            console.print(f"{unit['name']}: {unit['error']}", markup=False, highlight=False, soft_wrap=True)
+
+
+@jobs_app.command("logs")
+def logs(
+    job: JobName,
+    unit: Annotated[str | None, typer.Option(help="One fold: fold-00.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="An attempt; the last one if left out.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="One rank.")] = None,
+    address: Address = None,
+    settings: ClusterFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Print what the ranks of a training job printed, and how they ended."""
+    with _found(job, settings, with_address(set_, address)) as found:
+        typer.echo(str(found.logs(unit, attempt=attempt, rank=rank)))
+
+
+@jobs_app.command("cancel")
+def cancel(
+    job: JobName,
+    address: Address = None,
+    settings: ClusterFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
+    from h2mv_dist.jobs.training import cancel_jobs
+
+    with _connected(settings, with_address(set_, address), needed=True) as client:
+        for name in cancel_jobs(client, job):
+            console.print(f"cancelled {name}; the same command that started it goes on", soft_wrap=True)
+
+
+@jobs_app.command("watch")
+def watch(
+    job: JobName,
+    address: Address = None,
+    settings: ClusterFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Watch a job until it ends; Ctrl-C stops watching, not the job. Exit code 2 if it failed."""
+    with _found(job, settings, with_address(set_, address)) as found:
+        try:
+            found.wait()
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        console.print(f"{found.id} is {found.state}", soft_wrap=True)
+
+
+@contextmanager
+def _found(name: str, settings: str | None, changes: list[str]) -> Iterator["Job"]:
+    """A job, while its scheduler is connected if one is named."""
+    import h2mv_dist.notebook as nb
+
+    with _connected(settings, changes, needed=False):
+        yield nb.job(name, storage_options=overridden_options(changes))
+
+
+@contextmanager
+def _connected(settings: str | None, changes: list[str], *, needed: bool) -> Iterator[Any]:
+    """The client of the scheduler that options, file or configuration name; no cluster is ever started."""
+    import h2mv_dist.notebook as nb
+    from h2mv_dist.jobs.cluster import chosen_kind
+
+    chosen = load_cluster(settings, changes)
+    if chosen_kind(chosen) != "address":
+        if needed:
+            raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
+        yield None
+        return
+    try:
+        yield nb.connect(settings={"cluster": chosen.model_dump(exclude_unset=True)})
+    finally:
+        nb.disconnect()
+
+
+def _as_record(status: dict[str, Any]) -> dict[str, Any]:
+    """A status, and what follows from it."""
+    from h2mv_dist.jobs.progress import progress_of
+
+    return {**status, **progress_of(status)._asdict(), "units": status["units"]}

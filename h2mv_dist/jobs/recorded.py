@@ -1,0 +1,169 @@
+"""What the records of a job say, without any cluster: a status as a scheduler would give it (``Job.status``).
+
+A unit is done if its own record says so, and ``failed`` or ``cancelled`` if the record of the last run does.
+Of any other one nobody knows more than that it is ``unfinished``; it is ``running`` if the last run has not
+ended, as far as that was written down.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from h2mv_dist.config import StorageOptions
+from h2mv_dist.errors import JobError, describe
+from h2mv_dist.io.cube_store import read_cube
+from h2mv_dist.io.ledger import Ledger, gaps
+from h2mv_dist.io.stores import displayed, exists, get_object, join, list_objects
+from h2mv_dist.jobs.messages import kind_of
+from h2mv_dist.jobs.records import FoldRecord, JobFolder
+from h2mv_dist.jobs.run_record import RunRecord
+from h2mv_dist.jobs.sweep import variants
+from h2mv_dist.jobs.training import chosen_folds, job_id
+
+_READERS: Final = 8
+_RUN: Final = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedJob:
+    """A job as its records tell it.
+
+    Attributes:
+        id: of the job.
+        place: URL of the folder or store it fills.
+        run: record of its last run; None if none was ever submitted.
+        options: of the store.
+    """
+
+    id: str
+    place: str
+    run: RunRecord | None
+    options: StorageOptions
+
+    def status(self) -> dict[str, Any]:
+        """State of every unit, as ``Job.status`` gives it.
+
+        Raises:
+            StoreError: the records cannot be read.
+        """
+        run, units = self.run, [self._as_last_run_left_it(unit) for unit in self._units()]
+        return {
+            "id": self.id,
+            "place": self.place,
+            "submitted": run.submitted if run else None,
+            "now": (run.ended if run else None) or 0.0,
+            "finished": run.state != "running" if run else all(u["state"] == "done" for u in units),
+            "cancelled": run is not None and run.state == "cancelled",
+            "units": units,
+        }
+
+    def _units(self) -> list[dict[str, Any]]:
+        match kind_of(self.id):
+            case "train":
+                return _folds(self)
+            case "prepare":
+                # its own receipts are for stretches of days that only a plan knows
+                assert self.run is not None, "nothing else told that there is such a job"
+                state = "done" if self.run.state == "done" else "unfinished"
+                return [_unit(name, state) for name in self.run.units]
+            case _:
+                return _tiles(self)
+
+    def _as_last_run_left_it(self, unit: dict[str, Any]) -> dict[str, Any]:
+        if unit["state"] == "done" or self.run is None:
+            return unit
+        if self.run.state in ("running", "cancelled"):
+            return {**unit, "state": self.run.state}
+        error = self.run.failed.get(unit["name"])
+        return unit if error is None else {**unit, "state": "failed", "error": error}
+
+
+def find_job(place: str, options: StorageOptions) -> RecordedJob:
+    """The job that fills a folder or store.
+
+    Args:
+        place: URL, as it was given when the job was submitted.
+        options: of its store.
+
+    Raises:
+        JobError: there is no job and no cube.
+        StoreError: the records cannot be read.
+    """
+    if JobFolder(place, options).exists():
+        name = job_id("train", place)
+        return RecordedJob(name, place, RunRecord.read(name, place, options), options)
+    run = RunRecord.read("", place, options)
+    if run is None and not exists(join(place, "zarr.json"), options):
+        raise JobError(
+            describe(
+                "there is no job",
+                where=displayed(place),
+                expected="the folder of a training job, or a store that a job filled",
+                actual="neither",
+                fix="give the URL that was given to --job or --cube; h2mv-dist jobs list FOLDER finds some",
+            )
+        )
+    return RecordedJob(run.id if run else job_id("infer", place), place, run, options)
+
+
+def recorded_jobs(folder: str, options: StorageOptions) -> tuple[RecordedJob, ...]:
+    """Jobs whose record of a run lies below a folder, the last submitted last.
+
+    Raises:
+        StoreError: the folder cannot be listed.
+    """
+    names = [name for name in list_objects(folder, options) if name.endswith(_RUN)]
+    with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
+        found = pool.map(lambda name: get_object(join(folder, *name.split("/")), options), names)
+        runs = [RunRecord.of(json.loads(data)) for data in found]
+    return tuple(
+        RecordedJob(run.id, run.place, run, options) for run in sorted(runs, key=lambda run: run.submitted)
+    )
+
+
+def fold_records(job: RecordedJob) -> Iterator[tuple[str, FoldRecord]]:
+    """Name of each unit of a training job, and its records; also of folds nobody has begun."""
+    folder = JobFolder(job.place, job.options)
+    for variant in variants(folder.settings()):
+        for fold in chosen_folds(variant.settings):
+            yield posixpath.join(variant.name, f"fold-{fold:02d}"), folder.run(variant.name).fold(fold)
+
+
+def _folds(job: RecordedJob) -> list[dict[str, Any]]:
+    epochs = JobFolder(job.place, job.options).settings().training.epochs
+    with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
+        return list(pool.map(lambda found: _fold(found[0], found[1], epochs), fold_records(job)))
+
+
+def _fold(name: str, record: FoldRecord, epochs: int) -> dict[str, Any]:
+    done, metrics = record.done(), record.metrics()
+    finished = done is not None and done["epoch"] == len(metrics)
+    latest = metrics[-1] if metrics else {}
+    return _unit(name, "done" if finished else "unfinished", epochs, record.state().attempt, latest)
+
+
+def _tiles(job: RecordedJob) -> list[dict[str, Any]]:
+    cube = read_cube(job.place, job.options)
+    covered = Ledger(job.place, job.options, cube.progress.rollbacks).covered()
+    missing = {
+        tile.name: gaps(covered.get(tile.name, ()), cube.progress.period) for tile in cube.layout.tiles
+    }
+    return [_unit(name, "unfinished" if left else "done") for name, left in missing.items()]
+
+
+def _unit(
+    name: str, state: str, steps: int = 1, attempt: int = 0, latest: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "state": state,
+        "steps": steps,
+        "attempt": attempt,
+        "workers": [],
+        "error": "",
+        "pause": 0.0,
+        "latest": dict(latest or {}),
+    }

@@ -1,0 +1,99 @@
+"""How the last run of a job goes, or went: an object beside what it fills, to be read without a cluster.
+
+``JOB/run.json`` for training, ``STORE.run.json`` for a cube, a copy of one, or a prepared store. The client
+that submits a job writes it, and when the job ends the coordinator has a worker write it again. What counts
+for going on are the other records; this one only tells.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from h2mv_dist.config import StorageOptions, canonical_json
+from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.io.stores import displayed, exists, get_object, join, put_object
+from h2mv_dist.jobs.messages import kind_of
+
+RunState = Literal["running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run of a job.
+
+    Attributes:
+        id: of the job.
+        place: URL of the folder or store it fills.
+        scheduler: address of the scheduler it was submitted to.
+        submitted: seconds since 1970.
+        units: names of what it consists of.
+        state: ``running`` until it has ended, and for ever if its scheduler was lost.
+        ended: seconds since 1970.
+        failed: name of a unit -> its error.
+    """
+
+    id: str
+    place: str
+    scheduler: str
+    submitted: float
+    units: tuple[str, ...]
+    state: RunState = "running"
+    ended: float | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, options: StorageOptions) -> None:
+        """Put it beside what the job fills."""
+        put_object(run_url(self.id, self.place), canonical_json(asdict(self)).encode(), options)
+
+    @staticmethod
+    def read(job: str, place: str, options: StorageOptions) -> "RunRecord | None":
+        """The record of the last run, if there was one.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        url = run_url(job, place)
+        if not exists(url, options):
+            return None
+        try:
+            return RunRecord.of(json.loads(get_object(url, options)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                describe(
+                    "the record of a run cannot be used",
+                    where=displayed(url),
+                    expected="one complete record",
+                    actual=str(error),
+                    fix="delete this object; nothing depends on it",
+                )
+            ) from error
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> "RunRecord":
+        """Inverse of ``dataclasses.asdict``, as stored.
+
+        Raises:
+            TypeError: a part is missing, or unknown.
+        """
+        return RunRecord(**{**record, "units": tuple(record["units"])})
+
+
+def run_url(job: str, place: str) -> str:
+    """Where the record of a job is kept.
+
+    >>> run_url("train-1", "s3://bucket/job"), run_url("infer-1", "s3://bucket/cube.zarr/")
+    ('s3://bucket/job/run.json', 's3://bucket/cube.run.json')
+    """
+    if kind_of(job) == "train":
+        return join(place, "run.json")
+    return place.rstrip("/").removesuffix(".zarr") + ".run.json"
+
+
+def end_run(message: Mapping[str, Any]) -> None:
+    """On a worker, when a job has ended: complete its record.
+
+    Args:
+        message: ``record`` (of :class:`RunRecord`) and ``storage_options``.
+    """
+    RunRecord.of(message["record"]).write(StorageOptions(message["storage_options"]))

@@ -1,0 +1,47 @@
+"""Every example notebook runs from its first cell to its last, on workers of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHOWN = {
+    "1_first_run.ipynb": ("Training", "Global inference", "image/png", "&lt;xarray.Dataset&gt;"),
+    "2_leave_and_come_back.ipynb": ("Training", "'cancelled'", "done: 12 of 12 epochs", "rank 0 on"),
+    "3_global_inference_on_s3.ipynb": ("Global inference", "image/png", "&lt;xarray.Dataset&gt;", "residual"),
+    "4_a_new_process_law.ipynb": ("mm more", "'rain-on-snow': ", "image/png"),
+}
+"""Notebook -> what a reader must find among its outputs."""
+
+
+def test_all_notebooks_are_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(SHOWN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_notebook_runs(name: str) -> None:
+    book: Any = nbformat.read(EXAMPLES / name, as_version=4)
+    NotebookClient(book, timeout=280, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    shown = "\n".join(_texts(book))
+    for part in SHOWN[name]:
+        assert part in shown
+
+
+def test_the_notebooks_are_kept_with_their_outputs() -> None:
+    for name, parts in SHOWN.items():
+        book: Any = nbformat.read(EXAMPLES / name, as_version=4)
+        shown = "\n".join(_texts(book))
+        assert all(part in shown for part in parts), f"{name}: make notebooks"
+
+
+def _texts(book: Any) -> list[str]:
+    """Everything that cells show: types of what they display, and texts."""
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    streams = [output.text for output in outputs if output.output_type == "stream"]
+    data = [output.data for output in outputs if "data" in output]
+    texts = [text for each in data for kind, text in each.items() if kind.startswith("text/")]
+    return [*streams, *texts, *(kind for each in data for kind in each)]
