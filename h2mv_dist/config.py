@@ -296,7 +296,8 @@ class TrainingSettings(_Settings):
     seed: int = Field(0, ge=0)
     """Of initial weights and the order of cells."""
     threads: int | None = Field(None, ge=1)
-    """Torch threads of each rank on a CPU; those of its worker if left out."""
+    """Torch threads of each rank on a CPU. If left out, those of its worker; where it has several, days run
+    as written and a fold is large, fewer if they are about as fast, as measured before the first step."""
     code_path: CodePath = "auto"
     """``compiled``: blocks of days as one piece of machine code each, two to three times as fast; takes a
     C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled

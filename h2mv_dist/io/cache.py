@@ -319,9 +319,8 @@ def _stage_forcing(source: Source, tile: Tile, period: Period, staged: Float32Ar
 
 
 def _stage_target(source: Source, name: str, tile: Tile, steps: slice, staged: Float32Array) -> None:
-    values = source.read_target(name, tile, steps)
-    land = source.grid.mask[tile.slices]
-    staged[_positions(source.grid, tile, land), steps] = values[:, land].T
+    cells = _positions(source.grid, tile, source.grid.mask[tile.slices])
+    staged[cells, steps] = source.read_land_target(name, tile, steps)
 
 
 def _stage_static(source: Source, tile: Tile, staged: Float32Array) -> None:

@@ -66,7 +66,14 @@ def decode(name: str, array: xr.Variable) -> xr.Variable:
     """Lazily unpack and mask an array, as CF says."""
     stored = array.to_base_variable()
     packed = "scale_factor" in stored.attrs or "add_offset" in stored.attrs
-    # Zarr's own default fill value is 0. Taken for "missing" it would delete every true zero.
-    if stored.attrs.get("_FillValue") == 0 and not packed:
+    if not packed and _says_nothing(stored.attrs.get("_FillValue")):
         del stored.attrs["_FillValue"]
     return xr.conventions.decode_cf_variable(name, stored, decode_times=False)
+
+
+def _says_nothing(fill: object) -> bool:
+    """Whether a fill value is better not looked for, value by value.
+
+    Zarr's own default is 0, which taken for "missing" would delete every true zero; NaN is missing anyway.
+    """
+    return isinstance(fill, int | float | np.number) and (fill == 0 or bool(np.isnan(fill)))

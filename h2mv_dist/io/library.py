@@ -13,6 +13,7 @@ from zarr.errors import ContainsArrayError
 
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource
 from h2mv_dist.errors import DataError, describe
+from h2mv_dist.io.local_chunks import with_fast_reads
 from h2mv_dist.io.stores import displayed, explained, open_store
 from h2mv_dist.variables import nearest, variable
 
@@ -155,6 +156,7 @@ def _read_group(url: str, path: str, node: zarr.Group) -> Group:
             )
         ) from error
     arrays = {str(name): array for name, array in dataset.variables.items()}
+    arrays |= {n: with_fast_reads(arrays[n], node[n]) for n in arrays if n not in dataset.indexes}
     return Group(url, path, arrays, {str(k): v for k, v in dataset.attrs.items()})
 
 

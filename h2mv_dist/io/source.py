@@ -87,7 +87,7 @@ class Source:
         land = self.grid.mask[tile.slices]
         values = np.empty((int(land.sum()), period.n_days, len(self.forcing)), np.float32)
         for column, part in enumerate(self._read_forcing(tile, period)):
-            values[..., column] = part[:, land].T
+            values[..., column] = _packed(part, land).T
         return values
 
     def _read_forcing(self, tile: Tile, period: Period) -> Iterator[Float32Array]:
@@ -127,12 +127,12 @@ class Source:
             self._check_target(name, part, tile)
         return MappingProxyType(dict(zip(self.targets, parts, strict=True)))
 
-    def read_target(self, name: str, tile: Tile, steps: slice) -> Float32Array:
-        """Some steps of one target, [step, *tile.shape]; otherwise as :meth:`read_targets`."""
+    def read_land_target(self, name: str, tile: Tile, steps: slice) -> Float32Array:
+        """Some steps of one target, [cell, step], as :meth:`read_land_forcing`; see :meth:`read_targets`."""
         self._check_tile(tile)
         values = self.arrays.targets[name].handle.read(steps, *tile.slices)
         self._check_target(name, values, tile)
-        return values
+        return _packed(values, self.grid.mask[tile.slices]).T
 
     def published_scaler(self) -> Scaler:
         """The statistics published with the data.
@@ -295,6 +295,11 @@ def _read_each(handles: Sequence[Handle], box: tuple[slice, ...]) -> Iterator[Fl
     if handles:
         with ThreadPoolExecutor(len(handles), "h2mv-read") as pool:
             yield from pool.map(lambda handle: handle.read(*box), handles)
+
+
+def _packed(values: Float32Array, land: BoolArray) -> Float32Array:
+    """Values [step, *tile] of a tile's land cells, row-major, [step, cell]."""
+    return values.reshape(len(values), -1).take(np.flatnonzero(land), axis=1)
 
 
 def _joined(parts: list[Moments]) -> Moments:

@@ -20,6 +20,7 @@ from typing import Any, Final
 import psutil
 import torch
 import torch.distributed as dist
+from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
 import h2mv_dist
@@ -62,6 +63,7 @@ def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) 
         "code": code_fingerprint(),
         "versions": {**code_versions(), "python": platform.python_version()},
         "data": staged.path.name,
+        "cores": CPU_COUNT,
         "free_memory": _free_memory(device),
         "free_disk": shutil.disk_usage(staged.path).free,
         "no_compiler": no_compiler_because(),
@@ -108,10 +110,14 @@ def require_step_memory(
         _check_memory(rank, facts, needed * _sharing(facts, everyone))
 
 
+def ranks_of_host(facts: Facts, everyone: Sequence[Facts]) -> int:
+    """How many ranks run on the host of one."""
+    return sum(other["host"] == facts["host"] for other in everyone)
+
+
 def _sharing(facts: Facts, everyone: Sequence[Facts]) -> int:
     """How many ranks share the memory of one."""
-    same_host = sum(other["host"] == facts["host"] for other in everyone)
-    return same_host if facts["device"].startswith("cpu") else 1
+    return ranks_of_host(facts, everyone) if facts["device"].startswith("cpu") else 1
 
 
 def agree(

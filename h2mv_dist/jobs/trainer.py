@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -29,17 +29,12 @@ from h2mv_dist.io.folds import Fold, fit_scaler, make_folds, require_observation
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
-from h2mv_dist.jobs.code_path import COMPILED, EAGER, chosen_path
+from h2mv_dist.jobs.code_path import COMPILED
+from h2mv_dist.jobs.decisions import Begun, Way, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.preflight import (
-    Facts,
-    agree,
-    check_all_reduce,
-    gather_facts,
-    must_recompute,
-    require_step_memory,
-)
+from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
+from h2mv_dist.jobs.probe import cell_days_a_second
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.model.base import Batch, ProcessModel
@@ -59,8 +54,6 @@ STORE_PATIENCE_SECONDS: Final = 3600.0
 """How long a rank waits for a store that has no space left before it gives up."""
 OPTIMIZER_PREFIX: Final = "optimizer/"
 PART_STATISTICS: Final = "epoch/statistics"
-PASSES: Final = 4
-"""Spin-up, run, and two for going backward."""
 _CHECKED: Final = ("model", "fold", "scaler", "static features")
 
 Emit = Callable[..., None]
@@ -159,7 +152,8 @@ def train_rank(
     Args:
         message: the unit, see :func:`h2mv_dist.jobs.training.start_training`.
         place: which rank of which attempt this is.
-        nthreads: of the worker; used on a CPU unless ``training.threads`` says otherwise.
+        nthreads: of the worker; used on a CPU unless ``training.threads`` says otherwise, or fewer are as
+            fast.
         emit: reports to the supervisor.
         leave: whether this rank was asked to make a checkpoint and leave.
 
@@ -178,19 +172,23 @@ def train_rank(
     def decide(everyone: Sequence[Facts]) -> dict[str, Any]:
         claimed.append(job.fold(message["fold"]).claim(place.attempt, place.gang))
         begun = Begun(claimed[0].record, place.world, device.type)
-        return decided(begun, settings, work_of(settings, staged, place.world), nthreads, everyone)
+        work = work_of(settings, staged, place.world)
+        return decided(begun, settings, work, nthreads, everyone, measure)
+
+    def measure(threads: Sequence[int], recompute: bool) -> dict[int, float]:
+        return cell_days_a_second(settings, staged, fold, scaler, threads, recompute)
 
     # hosts may take very different times to stage
     with beating(emit):
         JobFolder(message["root"], options).require_token(message["token"])
         staged = _staged(settings, message["data"], options)
+        fold = make_folds(staged.grid, settings.folds)[message["fold"]]
+        require_observations(staged, fold, "validation")
+        scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
         store = meet(place)
         decisions = agree(store, place, gather_facts(settings, staged, device), decide)
         torch.set_num_threads(decisions["threads"])
         way = Way(decisions["code_path"] == COMPILED, decisions["recompute"])
-        fold = make_folds(staged.grid, settings.folds)[message["fold"]]
-        require_observations(staged, fold, "validation")
-        scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
     with process_group(store, place, settings.training.stuck_seconds, device) as ranks:
         check_all_reduce(ranks.world, device)
         writer = claimed[0] if claimed else None
@@ -225,83 +223,6 @@ def _source_seen_by_client(settings: Settings, key: str, options: StorageOptions
             )
         )
     return source
-
-
-class Way(NamedTuple):
-    """How a rank runs its model.
-
-    Attributes:
-        compiled: as compiled code.
-        recompute: blocks of days once more when going backward.
-    """
-
-    compiled: bool
-    recompute: bool
-
-
-class Work(NamedTuple):
-    """What there is to do.
-
-    Attributes:
-        n_days: of the data.
-        cell_days: that a rank simulates at least, unless the loss stops being finite; backward counts twice.
-    """
-
-    n_days: int
-    cell_days: float
-
-
-def work_of(settings: Settings, staged: StagedCells, world: int) -> Work:
-    """The work of a fold."""
-    training, n_days = settings.training, staged.period.n_days
-    epochs = min(training.epochs, training.patience + 1)
-    return Work(n_days, epochs * len(staged.forcing) * n_days * PASSES / world)
-
-
-class Begun(NamedTuple):
-    """The fold, and where it is trained."""
-
-    record: FoldRecord
-    ranks: int
-    device: str
-
-
-def decided(
-    begun: Begun, settings: Settings, work: Work, nthreads: int, everyone: Sequence[Facts]
-) -> dict[str, Any]:
-    """What defaults stand for here; written before the first step, and read back by every later attempt.
-
-    Raises:
-        ConfigError: compiled code is asked for where there is no compiler.
-        JobError: the fold was begun in a way that is not possible here, so numbers would differ.
-        RankError: a step does not fit into a rank's memory now.
-    """
-    ours = {"ranks": begun.ranks, "device": begun.device}
-    obstacle = next(filter(None, (facts["no_compiler"] for facts in everyone)), "")
-    found = begun.record.decisions()
-    if found is None:
-        training = settings.training
-        path = chosen_path(training.code_path, begun.device, work.cell_days, obstacle, "training.code_path")
-        recompute = must_recompute(settings, work.n_days, path, everyone)
-        choices = {"threads": training.threads or nthreads, "code_path": path, "recompute": recompute}
-        found = begun.record.settle({**ours, **choices, "facts": list(everyone)})
-    here = {**ours, "code_path": EAGER if obstacle else found["code_path"]}
-    theirs = {key: found[key] for key in here}
-    if theirs != here:
-        raise JobError(
-            describe(
-                "the fold was begun in another way",
-                where=begun.record.url,
-                expected=str(theirs),
-                actual=f"{here}" + (f" ({obstacle})" if obstacle else ""),
-                fix="resume it where it was begun, or choose another job folder",
-            )
-        )
-    # the numbers are the same; folds begun before there was a choice have none
-    chosen = settings.training.recompute
-    recompute = bool(found.get("recompute", False)) if chosen is None else chosen
-    require_step_memory(settings, work.n_days, found["code_path"], recompute, everyone)
-    return {key: found[key] for key in (*here, "threads")} | {"recompute": recompute}
 
 
 @contextmanager

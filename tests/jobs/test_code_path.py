@@ -1,6 +1,7 @@
 """Compiled or as written: what is chosen, kept, and refused."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from h2mv_dist.config import CodePath, Settings, validate
 from h2mv_dist.errors import ConfigError, JobError
 from h2mv_dist.jobs import code_path
 from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, chosen_path, compiles_here
+from h2mv_dist.jobs.decisions import Begun, Work, decided
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import RankError
-from h2mv_dist.jobs.trainer import Begun, Work, decided
 from tests.jobs.conftest import NO_OPTIONS
 
 GIB = 2**30
@@ -25,7 +26,14 @@ def settings(**training: Any) -> Settings:
 
 
 def facts(**changed: Any) -> dict[str, Any]:
-    return {"no_compiler": "", "free_memory": 64 * GIB, "host": "a", "device": "cpu of process 1", **changed}
+    return {
+        "no_compiler": "",
+        "free_memory": 64 * GIB,
+        "host": "a",
+        "device": "cpu of process 1",
+        "cores": 8,
+        **changed,
+    }
 
 
 @pytest.mark.parametrize(
@@ -62,27 +70,32 @@ def test_a_worker_without_compiler_says_so_once_and_goes_on(
     assert NOTHING in caplog.text
 
 
+def never(threads: Sequence[int], recompute: bool) -> dict[int, float]:
+    raise AssertionError(f"nothing to choose, but {threads} were tried")
+
+
 def test_what_was_decided_stays(tmp_path: Path) -> None:
     record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
     record.claim(1, "gang")
     begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e12), Work(100, 1.0)
-    first = decided(begun, settings(), large, 3, [facts()])
+    first = decided(begun, settings(), large, 3, [facts()], never)
     assert first == {"ranks": 1, "device": "cpu", "code_path": "compiled", "threads": 3, "recompute": False}
-    assert decided(begun, settings(), small, 1, [facts()]) == first
+    assert decided(begun, settings(), small, 1, [facts()], never) == first
     with pytest.raises(JobError, match=r"begun in another way(.|\n)*g\+\+ is not in PATH"):
-        decided(begun, settings(), large, 3, [facts(no_compiler=NOTHING)])
-    assert decided(begun, settings(recompute=True), small, 1, [facts()]) == {**first, "recompute": True}
+        decided(begun, settings(), large, 3, [facts(no_compiler=NOTHING)], never)
+    again = decided(begun, settings(recompute=True), small, 1, [facts()], never)
+    assert again == {**first, "recompute": True}
     with pytest.raises(RankError, match=r"does not fit into memory(.|\n)*training.recompute"):
-        decided(begun, settings(recompute=False), large, 1, [facts(free_memory=1000)])
+        decided(begun, settings(recompute=False), large, 1, [facts(free_memory=1000)], never)
     with pytest.raises(JobError, match=r"begun in another way"):
-        decided(Begun(record, 2, "cpu"), settings(), large, 3, [facts(), facts()])
+        decided(Begun(record, 2, "cpu"), settings(), large, 3, [facts(), facts()], never)
 
 
 def test_folds_begun_before_there_was_a_choice_go_on(tmp_path: Path) -> None:
     record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
     record.claim(1, "gang")
     record.settle({"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "facts": []})
-    found = decided(Begun(record, 1, "cpu"), settings(), Work(100, 1e12), 1, [facts()])
+    found = decided(Begun(record, 1, "cpu"), settings(), Work(100, 1e12), 1, [facts()], never)
     assert found == {"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "recompute": False}
 
 

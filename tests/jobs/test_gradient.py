@@ -23,9 +23,10 @@ from h2mv_dist.io.cache import Series, StagedCells
 from h2mv_dist.io.folds import Fold, make_folds
 from h2mv_dist.io.times import StepAxis
 from h2mv_dist.jobs.batches import CellBank, fits, gather
+from h2mv_dist.jobs.decisions import Way
 from h2mv_dist.jobs.gradient import GRADIENT_FAULT, LOSS_FAULT, Objective
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.trainer import FoldRun, Ranks, Way, epoch_batches
+from h2mv_dist.jobs.trainer import FoldRun, Ranks, epoch_batches
 from h2mv_dist.model.base import Batch, ProcessModel, Result, Target, detach
 from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.loss import LossSum, StepError
