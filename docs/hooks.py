@@ -1,6 +1,6 @@
 """What pages of the documentation take from the code: settings, commands, errors, and the READMEs of deploy/.
 
-A page says ``<!-- settings -->``, ``<!-- commands -->``, ``<!-- errors -->`` or ``<!-- readme deploy/slurm -->``.
+A page says ``<!-- settings -->``, ``<!-- commands -->``, ``<!-- errors -->`` or ``<!-- readme FOLDER -->``.
 """
 
 import ast
@@ -17,7 +17,7 @@ from h2mv_dist.template import settings_template
 
 ROOT = Path(__file__).parents[1]
 _MARK = re.compile(r"<!-- (settings|commands|errors|readme) ?(\S*) -->")
-_LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+_LINK = re.compile(r"\[([^]]+)\]\((?!https?:|#)[^)]+\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -32,7 +32,7 @@ def _settings(_: str) -> str:
 def _readme(folder: str) -> str:
     """A README, one heading deeper; its links to files are shown as names."""
     text = (ROOT / folder / "README.md").read_text()
-    return re.sub(r"^#", "##", _LINK.sub(r"]", text).replace("[`", "`").replace("`]", "`"), flags=re.MULTILINE)
+    return re.sub(r"^#", "##", _LINK.sub(r"\1", text), flags=re.MULTILINE)
 
 
 def _commands(_: str) -> str:
