@@ -63,6 +63,7 @@ def environment(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a gigabyte is unpacked, which takes what a busy disk takes
 def test_the_python_part_installs_and_runs(tmp_path: Path, environment: Path) -> None:
     """The first stage of the image, with folders of this test's for those of the image."""
     source = tmp_path / "src"
