@@ -190,7 +190,7 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
         "rollbacks": [str(day) for day in plan.source.progress.rollbacks],
         "storage_options": options.reveal(),
     }
-    final = Unit(FINISH, "compact", {}, attempts=_ATTEMPTS)
+    final = Unit(FINISH, "compact", {}, attempts=_ATTEMPTS, steps=0)
     return submit(
         client,
         Job(job_id("compact", plan.target), plan.target, common, tuple(_units(plan)), final),

@@ -75,7 +75,7 @@ def start_inference(
         Unit(tile.name, "tile", {"start": tile.start, "stop": tile.stop}, attempts=attempts)
         for tile in in_good_order(planned, missing)
     )
-    final = Unit(FINISH_UNIT, "finish", {}, attempts=attempts)
+    final = Unit(FINISH_UNIT, "finish", {}, attempts=attempts, steps=0)
     return submit(client, Job(job_id("infer", cube), cube, common, units, final))
 
 

@@ -42,7 +42,7 @@ class Unit:
         spec: JSON-able arguments.
         ranks: gang size.
         attempts: how often it may fail without having got any further.
-        steps: how many it takes at most; epochs of a fold, else 1.
+        steps: how many it takes at most: epochs of a fold, 1 of a tile or some days, none of what ends a job.
         attempt: number of the current or last attempt; a resumed unit goes on counting.
         failures: since the last progress.
         pause: seconds to wait before the next attempt.

@@ -139,7 +139,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     }
     attempts = settings.prepare.attempts
     units = tuple(Unit(name, "prepare", {}, attempts=attempts) for name in names)
-    final = Unit(FINISH, "prepare", {}, attempts=attempts)
+    final = Unit(FINISH, "prepare", {}, attempts=attempts, steps=0)
     return submit(client, Job(job_id("prepare", to), to, common, units, final))
 
 

@@ -59,8 +59,8 @@ def progress_of(status: Mapping[str, Any]) -> Progress:
 
 
 def _steps_done(unit: Mapping[str, Any]) -> int:
-    if unit["steps"] == 1:
-        return int(unit["state"] == "done")
+    if unit["steps"] <= 1:
+        return unit["steps"] if unit["state"] == "done" else 0
     return int(unit["latest"].get("epoch", 0))
 
 

@@ -129,7 +129,7 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
         place=folder.url,
         common=common,
         units=tuple(unit for run in plan.runs for unit in run.units()),
-        final=Unit("summary", "summary", {}),
+        final=Unit("summary", "summary", {}, steps=0),
         always_final=True,
         priority=training.priority,
     )

@@ -37,12 +37,13 @@ def trained(client: Client, world_url: str, cache: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture
-def endless(world_url: str, cache: Path, tmp_path: Path) -> Iterator[Job]:
+def endless(client: Client, world_url: str, cache: Path, tmp_path: Path) -> Iterator[Job]:
     """A job that runs until it is cancelled."""
     settings = to_json(small_settings(world_url, cache))
     job = hd.train(settings, str(tmp_path / "endless"), ["training.epochs=10000", "training.patience=10000"])
     wait_until(lambda: progress_of(job.status()).done > 0, "an epoch")
     yield job
+    hd.connect(client)
     job.cancel()
 
 

@@ -1,0 +1,68 @@
+"""What ``deploy/`` tells users to type, and the settings it gives them, are what the program takes."""
+
+import re
+import tomllib
+from importlib.metadata import entry_points
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from h2mv_dist.cli import app
+from h2mv_dist.config import load
+from tests.deploy.files import DEPLOY, command_lines, texts
+
+TEXTS = texts()
+LINES = [(name, argv) for name, text in TEXTS.items() for argv in command_lines(name, text)]
+_SECRET = re.compile(r"(?i)(secret|password|token|key)[a-z_]*[=:] *['\"]?[A-Za-z0-9/+]{16,}")
+
+
+@pytest.mark.parametrize(("name", "argv"), LINES, ids=[f"{n}: {' '.join(a)}" for n, a in LINES])
+def test_a_command_line_is_understood(name: str, argv: list[str]) -> None:
+    program, *arguments = argv
+    # typer's commands are not click's, but do the same
+    command: Any = typer.main.get_command(app) if program == "h2mv-dist" else _dask()
+    while (commands := getattr(command, "commands", None)) is not None:
+        word, *arguments = arguments
+        if word == "cuda":
+            pytest.importorskip("dask_cuda")
+        assert word in commands
+        command = commands[word]
+    command.make_context(program, arguments)
+
+
+def _dask() -> click.Command:
+    commands = {point.name: point.load() for point in entry_points(group="dask_cli")}
+    return click.Group("dask", commands=commands)
+
+
+def test_every_folder_has_command_lines() -> None:
+    folders = {name.partition("/")[0] for name, _ in LINES}
+    assert {"kubernetes", "docker", "cloud", "systemd"} <= folders
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.endswith(".toml")])
+def test_settings_are_valid(name: str) -> None:
+    settings, options = load(DEPLOY / name)
+    assert settings.cluster.kind in ("auto", "address")
+    assert not options, "storage options belong into the environment"
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.endswith(".md")])
+def test_settings_in_texts_are_valid(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for block in re.findall(r"^```toml\n(.*?)^```", TEXTS[name], re.MULTILINE | re.DOTALL):
+        file = tmp_path_factory.mktemp("settings") / "settings.toml"
+        file.write_text(block if "data" in tomllib.loads(block) else f'data.url = "x"\n{block}')
+        load(file)
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.endswith("README.md")])
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
+        assert "://" in target or (DEPLOY / name).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_nothing_looks_like_a_credential(name: str) -> None:
+    assert _SECRET.search(TEXTS[name]) is None

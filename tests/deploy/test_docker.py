@@ -1,0 +1,102 @@
+"""Dockerfiles: linted, careful, and their Python part run in an environment of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.files import DEPLOY, ROOT
+
+FILES = sorted((DEPLOY / "docker").glob("Dockerfile*"))
+Instruction = tuple[str, str]
+
+
+def stages(file: Path) -> list[list[Instruction]]:
+    """The instructions of each stage."""
+    text = re.sub(r"^#.*\n", "", file.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    found: list[list[Instruction]] = []
+    for line in filter(str.strip, text.splitlines()):
+        word, _, rest = line.partition(" ")
+        if word == "FROM":
+            found.append([])
+        found[-1].append((word, rest))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_hadolint_is_content(file: Path) -> None:
+    hadolint = shutil.which("hadolint") or str(Path(sys.executable).with_name("hadolint"))
+    done = subprocess.run([hadolint, "--no-color", str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_an_image_is_pinned_and_runs_without_privileges(file: Path) -> None:
+    build, final = stages(file)
+    bases = {dict(stage)["FROM"].partition(" ")[0] for stage in (build, final)}
+    assert len(bases) == 1, "a virtual environment needs the Python it was made with"
+    assert all(re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+", base) for base in bases)
+    assert [rest for word, rest in final if word == "USER"] == ["10001:10001"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_everything_that_is_copied_is_there(file: Path) -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"}
+    for word, rest in stages(file)[0]:
+        if word == "COPY":
+            sources = set(rest.split()[:-1])
+            assert sources <= allowed
+            assert all((ROOT / source).exists() for source in sources)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[Path]:
+    """A folder for an environment, which is too large to be kept."""
+    folder = tmp_path / "environment"
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # a gigabyte is unpacked, which takes what a busy disk takes
+def test_the_python_part_installs_and_runs(tmp_path: Path, environment: Path) -> None:
+    """The first stage of the image, with folders of this test's for those of the image."""
+    source = tmp_path / "src"
+    source.mkdir()
+    for word, rest in stages(DEPLOY / "docker" / "Dockerfile")[0]:
+        if word == "COPY":
+            *names, _ = rest.split()
+            for name in names:
+                _copy(ROOT / name, source / name)
+        if word == "RUN":
+            script = rest.replace("/opt/h2mv-dist", str(environment)).replace(
+                "python -m venv", f"{sys.executable} -m venv"
+            )
+            _run(["sh", "-c", script], source)
+    programs = environment / "bin"
+    _run([str(programs / "python"), "-m", "pip", "check"], tmp_path)
+    where = _run([str(programs / "python"), "-c", "import h2mv_dist; print(h2mv_dist.__file__)"], tmp_path)
+    assert Path(where.strip()).is_relative_to(environment)
+    _run([str(programs / "h2mv-dist"), "world", str(tmp_path / "world.zarr"), "--resolution", "15"], tmp_path)
+    _run([str(programs / "dask"), "scheduler", "--help"], tmp_path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """What a program prints that finds neither this repository nor time to compile what is used once."""
+    variables = {**os.environ, "PIP_NO_COMPILE": "1"}
+    variables.pop("PYTHONPATH", None)
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
