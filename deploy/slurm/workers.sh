@@ -6,7 +6,7 @@ with_workers() { # COMMAND...
     scheduler_file="$PWD/scheduler-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.json"
     dask_log="$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.dask.log"
     trap leave EXIT
-    trap 'exit 143' TERM
+    trap 'exit 143' TERM # 128 + SIGTERM, as the command itself exits if it hears of it first
     start_scheduler
     start_workers
     wait_for_workers
@@ -60,13 +60,17 @@ with Client(scheduler_file=sys.argv[1], set_as_default=False) as client:
 }
 
 leave() {
+    local status=$?
+    set +e
     trap '' TERM
-    if kill -0 "${command:-}"; then
+    if [ "$status" = 143 ]; then
         # SIGTERM to srun itself would make it kill the workers; this one lets their ranks make a checkpoint
-        scancel --signal=TERM "$SLURM_JOB_ID" && wait "$workers"
-        kill -TERM "$command" && wait "$command"
+        scancel --signal=TERM "$SLURM_JOB_ID"
+        wait "${workers:-}"
     fi
+    kill -TERM "${command:-}"
     # without a scheduler, workers end
-    kill -INT "${scheduler:-}" && wait "$scheduler" "${workers:-}"
+    kill -INT "${scheduler:-}"
+    wait
     rm -f "$scheduler_file"
 } 2> /dev/null
