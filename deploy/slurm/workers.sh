@@ -2,7 +2,9 @@
 . ./site.sh
 
 with_workers() { # COMMAND...
-    # a requeued job has the same id: its workers must not find the address of the scheduler before
+    # A requeued job has the same id, and Slurm may have killed it before it had cleaned up. Its workers must not
+    # find the address of the scheduler before.
+    rm -f "$PWD/scheduler-$SLURM_JOB_ID-"*.json
     scheduler_file="$PWD/scheduler-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.json"
     dask_log="$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.dask.log"
     trap leave EXIT
