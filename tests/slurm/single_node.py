@@ -70,14 +70,19 @@ class SingleNode:
 
     def processes(self) -> list[psutil.Process]:
         """All that Slurm has started, and its commands that still run: their environment names this Slurm."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        return [p for p in psutil.process_iter() if p.pid != os.getpid() and self._has(p, "SLURM_CONF")]
 
-    def _is_ours(self, process: psutil.Process) -> bool:
+    def processes_of_jobs(self) -> list[psutil.Process]:
+        """Those of them that run in a job."""
+        return [process for process in self.processes() if self._has(process, "SLURM_JOB_ID")]
+
+    def _has(self, process: psutil.Process, name: str) -> bool:
+        """Whether the process has the variable, with this Slurm's value if that is known."""
         try:
-            own = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            return own and bool(process.pid != os.getpid())
+            value = process.environ().get(name)
         except psutil.Error:
             return False
+        return value is not None and value == self.environment.get(name, value)
 
 
 @contextmanager

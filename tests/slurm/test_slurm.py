@@ -35,13 +35,8 @@ INFER = ("settings.toml", "--job", "job", "--cube", "cube.zarr")
 def assert_nothing_is_left(site: Site) -> None:
     """The allocation is empty, and nobody finds a scheduler that is no more."""
     wait_until(lambda: not site.slurm.jobs(), "the end of all jobs")
-    wait_until(lambda: not jobs_processes(site.slurm), "the end of their processes")
+    wait_until(lambda: not site.slurm.processes_of_jobs(), "the end of their processes")
     assert list(site.folder.glob("scheduler*.json")) == []
-
-
-def jobs_processes(slurm: SingleNode) -> list[str]:
-    """What runs in jobs: the daemons are no part of any."""
-    return [p.name() for p in slurm.processes() if "SLURM_JOB_ID" in p.environ()]
 
 
 def test_from_submission_to_a_cube_that_grows(site: Site, reference: FinalBytes) -> None:
