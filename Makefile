@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults lint bench bench-io clean
+.PHONY: demo test test-all faults slurm lint bench bench-io clean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -33,6 +33,16 @@ test-all: test
 # the slow fault tests alone
 faults: $(READY)
 	$(BIN)/python -m pytest -m slow tests/faults
+
+# what tests/slurm needs; they are skipped where it is missing, and fail where CI is set
+slurm:
+	@for daemon in munged slurmctld slurmd; do \
+	    PATH=$$PATH:/usr/sbin command -v $$daemon >/dev/null || missing="$$missing $$daemon"; done; \
+	if [ -z "$$missing" ]; then exit; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "no$$missing: install slurm-wlm and munge"; exit; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge
 
 # short ones, as Markdown tables on the screen and in benchmarks.md
 bench: $(READY)

@@ -125,7 +125,7 @@ def settings_file(tmp_path: Path, settings: Settings) -> str:
     file = tmp_path / "settings.toml"
     lines = []
     for section, values in to_json(settings).items():
-        if section in ("data", "folds", "model", "training"):
+        if section in ("data", "folds", "model", "training", "inference"):
             chosen = {k: v for k, v in values.items() if v is not None and not isinstance(v, dict)}
             lines += [f"[{section}]", *(f"{key} = {as_toml(value)}" for key, value in chosen.items())]
     file.write_text("\n".join(lines))
