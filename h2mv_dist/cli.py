@@ -23,8 +23,6 @@ from h2mv_dist.config import (
     Settings,
     StorageOptions,
     as_toml,
-    load,
-    load_cluster,
     overridden_options,
     revise,
     shared_place,
@@ -156,6 +154,7 @@ def cancel(
 ) -> None:
     """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
     from h2mv_dist.jobs.cluster import chosen_kind, connect
+    from h2mv_dist.jobs.configuration import load_cluster
     from h2mv_dist.jobs.training import cancel_jobs
 
     chosen = load_cluster(settings, _with_address(set_, address))
@@ -265,6 +264,7 @@ def compact(
     from h2mv_dist.display import watching_tiles
     from h2mv_dist.jobs.cluster import connect, known_options
     from h2mv_dist.jobs.compact import plan_compact, start_compact
+    from h2mv_dist.jobs.configuration import load_cluster
 
     changes = _with_address(set_, address)
     options, settings = known_options(overridden_options(changes)), load_cluster(None, changes)
@@ -333,11 +333,16 @@ def extract(
 
 
 @app.command("settings")
-def print_settings() -> None:
+def print_settings(
+    dask: Annotated[
+        bool,
+        typer.Option("--dask", help="As the section of Dask's configuration, for a site's defaults."),
+    ] = False,
+) -> None:
     """Print every setting with its default, to start a file: h2mv-dist settings > settings.toml."""
-    from h2mv_dist.template import settings_template
+    from h2mv_dist.template import dask_template, settings_template
 
-    typer.echo(settings_template(), nl=False)
+    typer.echo(dask_template() if dask else settings_template(), nl=False)
 
 
 @app.command()
@@ -424,6 +429,7 @@ def start(
 ) -> None:
     """Keep workers running and print the address for --address; stop with Ctrl-C or SIGTERM."""
     from h2mv_dist.jobs import cluster
+    from h2mv_dist.jobs.configuration import load_cluster
 
     overrides = [*(set_ or [])]
     overrides += [] if workers is None else [f"cluster.workers={workers}"]
@@ -447,12 +453,13 @@ def _settings(
 ) -> tuple[Settings, StorageOptions]:
     """Settings of a file, or those a job was created with, under those of the command line."""
     from h2mv_dist.jobs.cluster import known_options
+    from h2mv_dist.jobs.configuration import leave_template, load
     from h2mv_dist.jobs.records import JobFolder
 
+    leave_template()
     changes = _with_address(overrides, address)
     if resume is None:
-        settings, secrets = load(path, changes)
-        return settings, known_options(secrets)
+        return load(path, changes)
     options = known_options(overridden_options(changes))
     return revise(JobFolder(resume, options).settings(), changes), options
 
