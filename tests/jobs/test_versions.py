@@ -11,7 +11,7 @@ from distributed import Client
 
 from h2mv_dist.config import ClusterSettings
 from h2mv_dist.errors import JobError
-from h2mv_dist.jobs.cluster import LOOPBACK, connect, install
+from h2mv_dist.jobs.cluster import LOOPBACK, connect, install, scheduler_address
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.versions import require_same_versions
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -27,7 +27,7 @@ def another_worker(client: Client, folder: Path, **versions: str) -> Iterator[No
         record.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     before = len(client.scheduler_info(n_workers=-1)["workers"])
-    address = client.scheduler.address  # type: ignore[union-attr]
+    address = scheduler_address(client)
     command = ("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
     with process(folder / "log", *command, "--host", LOOPBACK, PYTHONPATH=path):
         client.wait_for_workers(before + 1, timeout=START_SECONDS)
@@ -38,8 +38,7 @@ def another_worker(client: Client, folder: Path, **versions: str) -> Iterator[No
 def own() -> Iterator[Client]:
     """A client that a user made, as in a notebook."""
     with connect(ClusterSettings(kind="local", workers=1)) as started:
-        address = started.scheduler.address  # type: ignore[union-attr]
-        with Client(address, set_as_default=False) as client:
+        with Client(scheduler_address(started), set_as_default=False) as client:
             yield install(client)
 
 
