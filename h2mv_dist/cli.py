@@ -323,12 +323,14 @@ def extract(
     """Write part of a cube as one NetCDF file."""
     from h2mv_dist.grid import Period
     from h2mv_dist.io.netcdf import select, write_netcdf
+    from h2mv_dist.io.stores import explained
     from h2mv_dist.jobs.cluster import known_options
 
     days = None if period is None else Period.parse(period)
     options = known_options(StorageOptions())
     part = select(cube, options, variables=tuple(variable or ()), period=days, box=box)
-    write_netcdf(part, file)
+    with explained(cube, options):
+        write_netcdf(part, file)
     console.print(f"wrote {file}: {dict(part.sizes)}", soft_wrap=True, markup=False)
 
 

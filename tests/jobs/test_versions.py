@@ -37,9 +37,11 @@ def another_worker(client: Client, folder: Path, **versions: str) -> Iterator[No
 @pytest.fixture(scope="module")
 def own() -> Iterator[Client]:
     """A client that a user made, as in a notebook."""
-    with connect(ClusterSettings(kind="local", workers=1)) as started:
-        with Client(scheduler_address(started), set_as_default=False) as client:
-            yield install(client)
+    with (
+        connect(ClusterSettings(kind="local", workers=1)) as started,
+        Client(scheduler_address(started), set_as_default=False) as client,
+    ):
+        yield install(client)
 
 
 def test_the_same_libraries_are_not_spoken_of(own: Client, caplog: pytest.LogCaptureFixture) -> None:
