@@ -37,8 +37,6 @@ from h2mv_dist.config import (
     Settings,
     StorageOptions,
     as_toml,
-    load,
-    load_cluster,
     overridden_options,
     revise,
     validate,
@@ -241,6 +239,7 @@ def compact(
     from h2mv_dist.display import watching
     from h2mv_dist.jobs.cluster import connect, known_options
     from h2mv_dist.jobs.compact import plan_compact, start_compact
+    from h2mv_dist.jobs.configuration import load_cluster
 
     changes = with_address(set_, address)
     options, settings = known_options(overridden_options(changes)), load_cluster(None, changes)
@@ -299,21 +298,28 @@ def extract(
     """Write part of a cube as one NetCDF file."""
     from h2mv_dist.grid import Period
     from h2mv_dist.io.netcdf import select, write_netcdf
+    from h2mv_dist.io.stores import explained
     from h2mv_dist.jobs.cluster import known_options
 
     days = None if period is None else Period.parse(period)
     options = known_options(StorageOptions())
     part = select(cube, options, variables=tuple(variable or ()), period=days, box=box)
-    write_netcdf(part, file)
+    with explained(cube, options):
+        write_netcdf(part, file)
     console.print(f"wrote {file}: {dict(part.sizes)}", soft_wrap=True, markup=False)
 
 
 @app.command("settings")
-def print_settings() -> None:
+def print_settings(
+    dask: Annotated[
+        bool,
+        typer.Option("--dask", help="As the section of Dask's configuration, for a site's defaults."),
+    ] = False,
+) -> None:
     """Print every setting with its default, to start a file: h2mv-dist settings > settings.toml."""
-    from h2mv_dist.template import settings_template
+    from h2mv_dist.template import dask_template, settings_template
 
-    typer.echo(settings_template(), nl=False)
+    typer.echo(dask_template() if dask else settings_template(), nl=False)
 
 
 @app.command()
@@ -402,6 +408,7 @@ def start(
 ) -> None:
     """Keep workers running and print the address for --address; stop with Ctrl-C or SIGTERM."""
     from h2mv_dist.jobs import cluster
+    from h2mv_dist.jobs.configuration import load_cluster
 
     overrides = [*(set_ or [])]
     overrides += [] if workers is None else [f"cluster.workers={workers}"]
@@ -456,6 +463,7 @@ def stop(address: Address = None, settings: ClusterFile = None) -> None:
 def _running(settings: str | None, address: str | None) -> ClusterSettings:
     """Settings that name a running scheduler."""
     from h2mv_dist.jobs.cluster import chosen_kind
+    from h2mv_dist.jobs.configuration import load_cluster
 
     chosen = load_cluster(settings, with_address(None, address))
     if chosen_kind(chosen) != "address":
@@ -468,12 +476,13 @@ def _settings(
 ) -> tuple[Settings, StorageOptions]:
     """Settings of a file, or those a job was created with, under those of the command line."""
     from h2mv_dist.jobs.cluster import known_options
+    from h2mv_dist.jobs.configuration import leave_template, load
     from h2mv_dist.jobs.records import JobFolder
 
+    leave_template()
     changes = with_address(overrides, address)
     if resume is None:
-        settings, secrets = load(path, changes)
-        return settings, known_options(secrets)
+        return load(path, changes)
     options = known_options(overridden_options(changes))
     return revise(JobFolder(resume, options).settings(), changes), options
 

@@ -18,7 +18,7 @@ from h2mv_dist.cli_common import (
     print_json,
     with_address,
 )
-from h2mv_dist.config import load_cluster, overridden_options
+from h2mv_dist.config import overridden_options
 
 if TYPE_CHECKING:
     from h2mv_dist.notebook import Job
@@ -143,6 +143,7 @@ def _connected(settings: str | None, changes: list[str], *, needed: bool) -> Ite
     """The client of the scheduler that options, file or configuration name; no cluster is ever started."""
     import h2mv_dist.notebook as nb
     from h2mv_dist.jobs.cluster import chosen_kind
+    from h2mv_dist.jobs.configuration import load_cluster
 
     chosen = load_cluster(settings, changes)
     if chosen_kind(chosen) != "address":

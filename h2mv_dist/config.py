@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -50,6 +51,10 @@ def place(text: str) -> str:
     if not text.strip():
         raise ConfigError(
             "expected a path or URL; given an empty one; say where it is: /data/x, s3://bucket/x"
+        )
+    if not text.isprintable():
+        raise ConfigError(
+            f"expected a path or URL of printable characters; given {as_toml(text)}; take the others out"
         )
     if _PASSWORD.search(text):
         raise ConfigError(
@@ -179,6 +184,7 @@ class _Settings(BaseModel):
         arbitrary_types_allowed=True,
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -226,7 +232,7 @@ class Assignment(_Settings):
 class FoldSettings(_Settings):
     """How cells and periods are divided into training, validation and test."""
 
-    n_folds: int = Field(10, ge=1)
+    n_folds: int = Field(10, ge=1, le=10_000)
     """Number of folds."""
     block: int = Field(5, ge=1)
     """Edge of a spatial block, in cells."""
@@ -500,7 +506,7 @@ class ClusterSettings(_Settings):
 
     kind: Literal["auto", "local", "cuda", "address", "slurm"] = "auto"
     """``auto``: the running scheduler if one is named, else the GPUs if there are any, else the CPU."""
-    workers: int = Field(2, ge=1)
+    workers: int = Field(2, ge=1, le=10_000)
     """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead."""
     address: str | None = None
     """Running scheduler, for ``kind = "address"``."""
@@ -544,7 +550,7 @@ class SweepSettings(_Settings):
 
     values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Setting of training or model -> values to try, ``{"training.learning_rate" = [0.005, 0.01]}``."""
-    seeds: int = Field(1, ge=1)
+    seeds: int = Field(1, ge=1, le=10_000)
     """Seeds from ``training.seed`` on."""
 
 
@@ -576,23 +582,39 @@ class _ClusterSection(_Settings):
 SettingsLike = str | Path | Mapping[str, Any]
 """A TOML file, or the same as a mapping of sections."""
 _SECRET_TABLE: Final = "storage_options"
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+SITE: Final = "h2mv_dist"
+"""The section of Dask's configuration."""
+_NOT_TOML: Final = (ValueError, RecursionError)
+"""What Python's reader raises; the latter where lists are nested too deep for it."""
+_LONGEST_FILE: Final = 64 * 2**20
+"""Bytes of a settings file; explicit folds of a fine grid take some of them."""
 _S = TypeVar("_S", bound=_Settings)
 
 
-def load(path: SettingsLike | None, overrides: Sequence[str] = ()) -> tuple[Settings, StorageOptions]:
+def load(
+    path: SettingsLike | None, overrides: Sequence[str] = (), site: Mapping[str, Any] = _NOTHING
+) -> tuple[Settings, StorageOptions]:
     """Read settings from a TOML file, or a mapping like one, and apply ``section.key=value`` overrides.
 
     The file's table ``[storage_options.PROTOCOL]`` is returned apart, so that it cannot reach a record.
+
+    Args:
+        path: of the file, if there is one.
+        overrides: they come before what the file says.
+        site: sections of Dask's configuration, which the file comes before.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown or not valid.
     """
     tree, where = _read(path, overrides)
     secrets = StorageOptions(tree.pop(_SECRET_TABLE, None))
-    return validate(tree, where), secrets
+    return _built(Settings, {"data": {}, **tree}, where, site), secrets
 
 
-def load_cluster(path: SettingsLike | None, overrides: Sequence[str] = ()) -> ClusterSettings:
+def load_cluster(
+    path: SettingsLike | None, overrides: Sequence[str] = (), site: Mapping[str, Any] = _NOTHING
+) -> ClusterSettings:
     """Read the cluster section alone; the other sections may be missing, and are not looked at.
 
     Raises:
@@ -600,8 +622,11 @@ def load_cluster(path: SettingsLike | None, overrides: Sequence[str] = ()) -> Cl
     """
     tree, where = _read(path, overrides)
     others = {*Settings.model_fields, _SECRET_TABLE} - {"cluster"}
-    own = {name: section for name, section in tree.items() if name not in others}
-    return _built(_ClusterSection, own, where).cluster
+    own, of_site = (
+        {name: section for name, section in sections.items() if name not in others}
+        for sections in (tree, site)
+    )
+    return _built(_ClusterSection, own, where, of_site).cluster
 
 
 def revise(settings: Settings, overrides: Sequence[str]) -> Settings:
@@ -635,13 +660,32 @@ def to_json(settings: Settings) -> dict[str, Any]:
     return tree
 
 
-def _built(model: type[_S], tree: Mapping[str, Any], where: str) -> _S:
+def _built(model: type[_S], tree: Mapping[str, Any], where: str, site: Mapping[str, Any] = _NOTHING) -> _S:
     try:
-        return model.model_validate(tree)
+        return model.model_validate(_merged(site, tree))
     except ValidationError as error:
-        lines = [f"settings in {where} are not valid (h2mv-dist settings explains all of them):"]
-        lines += [_PASSWORD.sub(r"\1***@", _explain(problem)) for problem in error.errors()]
+        sources = f"{where} and Dask's configuration, {SITE}" if site else where
+        lines = [f"settings in {sources} are not valid (h2mv-dist settings explains all of them):"]
+        for problem in error.errors():
+            place = problem["loc"][:-1] if problem["type"] == "missing" else problem["loc"]
+            prefix = f"{SITE}." if _holds(site, place) and not _holds(tree, place) else ""
+            lines.append(_PASSWORD.sub(r"\1***@", prefix + _explain(problem)))
         raise ConfigError("\n  ".join(lines)) from None
+
+
+def _holds(tree: Any, location: Sequence[int | str]) -> bool:
+    """Whether a tree says something of a setting, or of what it is a part of.
+
+    >>> _holds({"folds": {"seed": 2}}, ("folds", "seed")), _holds({"folds": {}}, ("folds", "seed"))
+    (True, False)
+    """
+    for name in location:
+        if not isinstance(tree, Mapping):
+            return True
+        if name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _read(path: SettingsLike | None, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -655,10 +699,15 @@ def _read(path: SettingsLike | None, overrides: Sequence[str]) -> tuple[dict[str
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text())
+        with Path(path).open("rb") as file:
+            content = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(content) > _LONGEST_FILE:
+        raise _unreadable(path, f"more than {_LONGEST_FILE} bytes", "give a settings file")
+    try:
+        return tomllib.loads(content.decode())
+    except _NOT_TOML as error:
         raise _unreadable(path, str(error), "correct that line") from error
 
 
@@ -722,7 +771,7 @@ def _unreadable_override(where: str, actual: str) -> ConfigError:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except _NOT_TOML:
         return text
 
 
@@ -734,6 +783,8 @@ _EXPECTED: Final = {
     "tuple_type": 'a list, such as [0, 1] or ["a", "b"]',
 }
 """What to expect where pydantic speaks of Python's types."""
+_MOST_SHOWN, _LONGEST_SHOWN = 20, 200
+"""Items of a list and characters of a value in a message."""
 _WORDS: Final = {"Input should be ": "", "String should match": "text that matches"}
 
 
@@ -756,7 +807,11 @@ def _shown(value: object) -> str:
     """A value in a message; of tables not even the keys."""
     if isinstance(value, Mapping):
         return "a table"
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else as_toml(value)
+    if isinstance(value, list | tuple):
+        more = ", ..." if len(value) > _MOST_SHOWN else ""
+        return f"[{', '.join(map(_shown, value[:_MOST_SHOWN]))}{more}]"
+    text = as_toml(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def as_toml(value: object) -> str:

@@ -29,8 +29,6 @@ from h2mv_dist.config import (
     Settings,
     SettingsLike,
     StorageOptions,
-    load,
-    load_cluster,
     shared_place,
 )
 from h2mv_dist.display import watching
@@ -40,6 +38,7 @@ from h2mv_dist.io.netcdf import select
 from h2mv_dist.io.stores import displayed, get_object, join
 from h2mv_dist.jobs.cluster import connect as connected
 from h2mv_dist.jobs.cluster import install, known_options, scheduler_address
+from h2mv_dist.jobs.configuration import load, load_cluster
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.export import fold_curves, metrics_table
 from h2mv_dist.jobs.handle import (

@@ -280,10 +280,17 @@ class Progress:
     @staticmethod
     def of(attributes: Mapping[str, str]) -> "Progress":
         """Inverse of :meth:`attributes`."""
-        rollbacks = tuple(date.fromisoformat(day) for day in json.loads(attributes[ROLLBACKS]))
+        rollbacks = tuple(map(date.fromisoformat, _list_in(attributes[ROLLBACKS])))
         return Progress(
             Period.parse(attributes[PERIOD]), attributes[COMPLETE] == "yes", rollbacks, attributes[CONSTANTS]
         )
+
+
+def _list_in(text: str) -> list[str]:
+    found = json.loads(text)
+    if not isinstance(found, list):
+        raise ValueError(f"a list was expected, not {text[:60]}")
+    return found
 
 
 def root_attributes(layout: CubeLayout) -> dict[str, str]:

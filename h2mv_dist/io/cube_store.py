@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.errors import JobError, StoreError, describe
+from h2mv_dist.errors import ConfigError, JobError, StoreError, describe
 from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import (
     FINGERPRINT,
@@ -131,7 +131,10 @@ def read_cube(url: str, options: StorageOptions) -> Cube:
     with explained(url, options):
         group = zarr.open_group(open_store(url, options, read_only=True), mode="r", use_consolidated=False)
         lat, lon, mask, area = (np.asarray(group[name]) for name in ("lat", "lon", "land_mask", "cell_area"))
-    layout = layout_of(found.attributes, Grid(tuple(found.geometry["dims"]), lat, lon, mask != 0, area))
+    try:
+        layout = layout_of(found.attributes, Grid(tuple(found.geometry["dims"]), lat, lon, mask != 0, area))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
+        raise _damaged(url, error) from error
     differences = _differences(found.attributes, root_attributes(layout))
     if differences:
         raise StoreError(
@@ -308,8 +311,20 @@ def _parsed(root: bytes) -> _Found | None:
         json.loads(attributes[LAYOUT])
         finished = attributes.pop(_STATE, None) is None
         return _Found(attributes, finished) if FINGERPRINT in attributes else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _damaged(url: str, error: Exception) -> StoreError:
+    return StoreError(
+        describe(
+            "the metadata of a cube are damaged",
+            where=displayed(url),
+            expected="root attributes as h2mv-dist infer wrote them",
+            actual=f"{type(error).__name__}: {error}",
+            fix="restore its zarr.json from a copy, or make the cube again with inference.overwrite",
+        )
+    )
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:

@@ -8,8 +8,11 @@ from typing import Final, NamedTuple
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 
-_TRANSPORTS: Final = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "s3fs", "urllib3"})
-"""Packages whose own exceptions mean that a store failed; everything else they raise is an OSError."""
+_TRANSPORTS: Final = frozenset(
+    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "numcodecs", "s3fs", "urllib3"}
+)
+"""Packages whose own exceptions mean that a store failed, or that it holds pickled objects, which numcodecs
+does not load; everything else they raise is an OSError."""
 
 _UNREACHABLE: Final = re.compile(r"Endpoint|Connect|Timeout|HTTPClientError|ServerDisconnected|ClientOSError")
 _FULL: Final = re.compile(r"Quota|StorageFull|InsufficientStorage|NoSpace", re.IGNORECASE)
@@ -54,15 +57,15 @@ def answer_in(error: BaseException) -> Answer | None:
 
 
 def is_store_failure(error: Exception) -> bool:
-    """Whether a store, or the way to it, failed; False for a mistake in a program."""
-    if isinstance(error, OSError):
+    """Whether a store failed, or holds what cannot be read; False for a mistake in a program."""
+    if isinstance(error, OSError | MemoryError):
         return True
     return type(error).__module__.split(".")[0] in _TRANSPORTS
 
 
 def store_error(where: str, options: StorageOptions, error: Exception, *, local: bool) -> StoreError:
     """The error of this package that tells what failed and what to do, without any secret."""
-    diagnosis = _diagnose(error, local=local)
+    diagnosis = _NO_MEMORY if isinstance(error, MemoryError) else _diagnose(error, local=local)
     message = describe(
         diagnosis.what,
         where=where,
@@ -77,6 +80,13 @@ class _Diagnosis(NamedTuple):
     what: str
     expected: str
     fix: str
+
+
+_NO_MEMORY: Final = _Diagnosis(
+    "what is stored does not fit into memory",
+    "chunks and axes that this machine can hold",
+    "check the array's metadata, use smaller chunks or tiles, or a larger machine",
+)
 
 
 def _is_full(error: Exception) -> bool:

@@ -4,13 +4,14 @@ A receipt covers a tile over a stretch of days, and is put whole after the last 
 what it covers, so one listing tells what is left to do.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Final, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.errors import ConfigError, StoreError, describe
@@ -47,6 +48,7 @@ class Covered(NamedTuple):
         return f"{self.tile}/{self.period}.v{self.edition}.json"
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """Says that a tile is finished and stored over some days.
@@ -84,13 +86,14 @@ class Receipt:
             StoreError: the bytes are not a complete receipt.
         """
         try:
-            found = Receipt(**json.loads(data))
-            texts = (found.fingerprint, found.static, found.forcing, *found.blocks, *found.months)
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("a text has another type")
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"not a complete receipt: {error}") from error
-        return replace(found, blocks=tuple(found.blocks), months=tuple(found.months))
+            return _RECEIPT.validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise StoreError(f"not a complete receipt: {name} {first['msg']}") from None
+
+
+_RECEIPT: Final = TypeAdapter(Receipt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Library: finds the array of each variable in the groups of its stores; nothing is decoded yet."""
 
+import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ PUBLISHED_GROUPS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """Variable -> its group in the published layout; every other name is its own group."""
+LONGEST_AXIS: Final = 10**9
+LARGEST_CHUNK: Final = 16 * 2**30
+"""Bytes of a chunk, which is read whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,10 @@ class Library:
         path = path.strip("/")
         if (url, path) not in self._groups:
             with explained(url, self.options):
-                self._groups[url, path] = _read_group(url, path, self._node(url, path))
+                try:
+                    self._groups[url, path] = _read_group(url, path, self._node(url, path))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise _not_understood(f"{displayed(url)} {path or '/'}", error) from error
         return self._groups[url, path]
 
     def _node(self, url: str, path: str) -> zarr.Group:
@@ -143,21 +150,42 @@ def _below(root: zarr.Group, folder: str) -> tuple[str, ...]:
 def _read_group(url: str, path: str, node: zarr.Group) -> Group:
     # Format 2 has one fill value for "never written" and "missing"; format 3 has an attribute for the latter.
     store = ZarrStore(node, mode="r", use_zarr_fill_value_as_mask=node.metadata.zarr_format == 2)
-    try:
-        dataset = xr.open_dataset(store, decode_cf=False, chunks=None, cache=False)
-    except (KeyError, ValueError) as error:
+    dataset = xr.open_dataset(store, decode_cf=False, chunks=None, cache=False, create_default_indexes=False)
+    arrays = {str(name): array for name, array in dataset.variables.items()}
+    for name, array in arrays.items():
+        _require_bounded(array, f"{displayed(url)} {posixpath.join(path, name)}")
+    coordinates = {*arrays} & {*dataset.sizes}
+    for name in coordinates:
+        arrays[name].load()  # once, for all arrays that it is a coordinate of
+    arrays |= {n: with_fast_reads(arrays[n], node[n]) for n in arrays if n not in coordinates}
+    return Group(url, path, arrays, {str(k): v for k, v in dataset.attrs.items()})
+
+
+def _not_understood(where: str, error: Exception) -> DataError:
+    return DataError(
+        describe(
+            "the arrays of a group have no consistent axes, or are no arrays of numbers",
+            where=where,
+            expected="a group inside its store, and named dimensions, each of one length",
+            actual=str(error),
+            fix="write them with xarray, or add dimension_names (format 2: _ARRAY_DIMENSIONS)",
+        )
+    )
+
+
+def _require_bounded(array: xr.Variable, where: str) -> None:
+    """Refuse what no data set has, before memory is asked for."""
+    chunk = math.prod(array.encoding.get("chunks") or (1,)) * array.dtype.itemsize
+    if max(array.shape, default=0) > LONGEST_AXIS or chunk > LARGEST_CHUNK:
         raise DataError(
             describe(
-                "the arrays of a group have no consistent axes",
-                where=f"{displayed(url)} {path or '/'}",
-                expected="named dimensions, each of one length",
-                actual=str(error),
-                fix="write them with xarray, or add dimension_names (format 2: _ARRAY_DIMENSIONS)",
+                "an array is beyond all measure",
+                where=where,
+                expected=f"axes of up to {LONGEST_AXIS} steps in chunks of up to {LARGEST_CHUNK} bytes",
+                actual=f"shape {array.shape}, in chunks of {chunk} bytes",
+                fix="check its metadata, which may be damaged, or write it in smaller chunks",
             )
-        ) from error
-    arrays = {str(name): array for name, array in dataset.variables.items()}
-    arrays |= {n: with_fast_reads(arrays[n], node[n]) for n in arrays if n not in dataset.indexes}
-    return Group(url, path, arrays, {str(k): v for k, v in dataset.attrs.items()})
+        )
 
 
 def _missing(what: str, where: str, present: Sequence[str], asked: str) -> DataError:

@@ -6,9 +6,9 @@ from typing import Any, Final
 import xarray as xr
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.errors import ConfigError, StoreError
+from h2mv_dist.errors import ConfigError, StoreError, describe
 from h2mv_dist.grid import Period
-from h2mv_dist.io.stores import open_store
+from h2mv_dist.io.stores import displayed, explained, open_store
 from h2mv_dist.variables import nearest
 
 _COMPRESSION: Final[dict[str, Any]] = {"zlib": True, "complevel": 4, "shuffle": True}
@@ -35,6 +35,23 @@ def write_netcdf(dataset: xr.Dataset, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def _opened(url: str, options: StorageOptions) -> xr.Dataset:
+    with explained(url, options):
+        try:
+            opened: xr.Dataset = xr.open_zarr(open_store(url, options, read_only=True), chunks=None)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                describe(
+                    "what is there cannot be opened as a cube",
+                    where=displayed(url),
+                    expected="a Zarr group of arrays of numbers with named axes",
+                    actual=f"{type(error).__name__}: {error}",
+                    fix="check the URL, or fetch a fresh copy",
+                )
+            ) from error
+    return opened
+
+
 def select(
     url: str,
     options: StorageOptions,
@@ -56,7 +73,7 @@ def select(
         ConfigError: the cube does not have it.
         StoreError: the cube cannot be opened.
     """
-    cube: xr.Dataset = xr.open_zarr(open_store(url, options, read_only=True), chunks=None)
+    cube = _opened(url, options)
     for name in variables:
         if name not in cube:
             raise ConfigError(f"the cube has no {name!r}; {nearest(name, tuple(map(str, cube.data_vars)))}")

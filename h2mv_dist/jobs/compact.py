@@ -44,6 +44,7 @@ from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.jobs.versions import require_same_versions
 
 SHARD_DAYS: Final = 360
 CHUNK_DAYS: Final = 120
@@ -174,6 +175,7 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
     from h2mv_dist.jobs.training import job_id
 
     require_workers(client, 1, "compact")
+    require_same_versions(client)
     _require_memory(client, plan)
     require_disk(
         "compacted cube", plan.target, part_bytes(plan.layout, plan.missing), "move older files away"

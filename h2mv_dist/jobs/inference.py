@@ -30,6 +30,7 @@ from h2mv_dist.jobs.handle import JobHandle, running, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.training import job_id
+from h2mv_dist.jobs.versions import require_same_versions
 
 FINISH_UNIT: Final = "finish"
 """The unit that comes after all tiles: constants and metadata."""
@@ -52,6 +53,7 @@ def start_inference(
     """
     settings = planned.settings
     require_workers(client, 1, "inference")
+    require_same_versions(client)
     _require_memory(client, planned)
     missing = missing_days(planned, cube, options)
     require_cube_disk(planned, missing, cube)

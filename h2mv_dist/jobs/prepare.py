@@ -27,6 +27,7 @@ from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.jobs.versions import require_same_versions
 from h2mv_dist.spec import Float32Array
 
 _OFTEN: Final = 1.2
@@ -119,6 +120,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     settings, store = plan.settings, PreparedStore(to, plan.layout, options)
     _refuse_input(plan, to)
     require_workers(client, 1, "prepare")
+    require_same_versions(client)
     _require_memory(client, plan)
     left = plan.missing_bytes(store.done())
     require_disk("prepared store", to, left, "fewer days with data.period")

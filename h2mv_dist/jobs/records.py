@@ -19,18 +19,20 @@ Every object that an attempt writes carries the attempt's number, and only ``sta
 count. It is moved by compare-and-swap, so an attempt that was thought dead and wakes up changes nothing.
 """
 
-import json
 import re
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, with_config
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
 from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.io import stores
+from h2mv_dist.io.documents import checked, parsed
 from h2mv_dist.model.checkpoint import Checkpoint
 
 Which = Literal["best", "last"]
@@ -40,9 +42,14 @@ _TOKEN: Final = "token.json"
 _READERS: Final = 8
 UNFINISHED_SECONDS: Final = 86_400.0
 """Age at which nobody is writing a file any more."""
-_CHECKPOINT: Final = re.compile(r"\d+-(\d+)-\w+\.safetensors")
+_CHECKPOINT: Final = re.compile(r"\d+-(\d+)-\w+\.safetensors", re.ASCII)
+_METRICS: Final = re.compile(r"(\d{1,9})-\d+\.json", re.ASCII)
+_FOLD_STATE: Final = re.compile(r"(\d{2,9})/state\.json", re.ASCII)
+CheckpointName = Annotated[str, Field(pattern=r"^([0-9]+-[0-9]+-[a-z]+\.safetensors)?$")]
+"""What :class:`FoldWriter` calls a checkpoint, or "" for none: what is named so is read, and deleted."""
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class FoldState:
     """The pointer of a fold.
@@ -56,12 +63,12 @@ class FoldState:
         kept: names of checkpoints to keep for ever.
     """
 
-    attempt: int = 0
+    attempt: NonNegativeInt = 0
     gang: str = ""
-    epoch: int = 0
-    best: str = ""
-    last: str = ""
-    kept: tuple[str, ...] = ()
+    epoch: NonNegativeInt = 0
+    best: CheckpointName = ""
+    last: CheckpointName = ""
+    kept: tuple[CheckpointName, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -73,10 +80,16 @@ class FoldState:
         return canonical_json(asdict(self)).encode()
 
     @staticmethod
-    def from_bytes(data: bytes) -> "FoldState":
-        """Inverse of :meth:`to_bytes`."""
-        record = json.loads(data)
-        return FoldState(**{**record, "kept": tuple(record["kept"])})
+    def from_bytes(data: bytes, url: str) -> "FoldState":
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            StoreError: the object at ``url`` is no pointer of a fold.
+        """
+        return checked(_POINTER, data, url)
+
+
+_POINTER: Final = TypeAdapter(FoldState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +127,7 @@ class FoldRecord:
     def state(self) -> FoldState:
         """The pointer; that of an untouched fold if there is none yet."""
         found = stores.get_versioned(self.path(_STATE), self.options)
-        return FoldState.from_bytes(found.data) if found is not None else FoldState()
+        return FoldState() if found is None else FoldState.from_bytes(found.data, self.path(_STATE))
 
     def claim(self, attempt: int, gang: str) -> "FoldWriter":
         """Take the fold over, from where its last checkpoint is; older attempts cannot write any more.
@@ -124,7 +137,7 @@ class FoldRecord:
         """
         while True:
             found = stores.get_versioned(self.path(_STATE), self.options)
-            state = FoldState.from_bytes(found.data) if found is not None else FoldState()
+            state = FoldState() if found is None else FoldState.from_bytes(found.data, self.path(_STATE))
             if state.attempt >= attempt:
                 raise _superseded(self.url, attempt, state)
             state = replace(state, attempt=attempt, gang=gang)
@@ -161,9 +174,10 @@ class FoldRecord:
     def metrics(self) -> list[dict[str, Any]]:
         """The numbers of all complete epochs, in order; of each epoch, those of its newest attempt."""
         folder, epochs = self.path("metrics"), self.state().epoch
-        newest = {int(n.split("-")[0]): n for n in stores.list_objects(folder, self.options)}
+        matches = map(_METRICS.fullmatch, stores.list_objects(folder, self.options))
+        newest = {int(match[1]): match.string for match in matches if match is not None}
         names = [stores.join(folder, newest[e]) for e in sorted(newest) if e <= epochs]
-        return [json.loads(data) for data in _read_all(names, self.options)]
+        return _read_all(names, self.options)
 
     def attempt(self, number: int) -> AttemptRecord:
         """What is kept of an attempt."""
@@ -173,7 +187,7 @@ class FoldRecord:
         """Every rank of every attempt, as its supervisor saw it."""
         folder = self.path("attempts")
         names = [n for n in stores.list_objects(folder, self.options) if n.endswith(".json")]
-        return [json.loads(d) for d in _read_all([stores.join(folder, n) for n in names], self.options)]
+        return _read_all([stores.join(folder, n) for n in names], self.options)
 
     def decisions(self) -> dict[str, Any] | None:
         """What the first attempt decided, if there was one."""
@@ -264,7 +278,7 @@ class FoldWriter:
         swapped = None
         while swapped is None:
             found = stores.get_versioned(url, options)
-            if found is not None and json.loads(found.data)["attempt"] > self.state.attempt:
+            if found is not None and parsed(found.data, url).get("attempt", 0) > self.state.attempt:
                 raise _superseded(self.record.url, self.state.attempt, self.record.state())
             swapped = stores.swap_object(url, data, found.version if found is not None else None, options)
         self.delete_unused()
@@ -317,20 +331,28 @@ def _superseded(url: str, attempt: int, state: FoldState) -> JobError:
     )
 
 
-def _read_all(urls: Iterable[str], options: StorageOptions) -> list[bytes]:
+def _read_all(urls: Iterable[str], options: StorageOptions) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
-        return list(pool.map(lambda url: stores.get_object(url, options), urls))
+        return list(pool.map(lambda url: parsed(stores.get_object(url, options), url), urls))
 
 
 def _read_json(url: str, options: StorageOptions) -> dict[str, Any] | None:
     if not stores.exists(url, options):
         return None
-    record: dict[str, Any] = json.loads(stores.get_object(url, options))
-    return record
+    return parsed(stores.get_object(url, options), url)
 
 
 def _write_json(url: str, record: Mapping[str, Any], options: StorageOptions) -> None:
     stores.put_object(url, canonical_json(record).encode(), options)
+
+
+@dataclass(frozen=True, slots=True)
+class _JobRecord:
+    kind: Literal["train"]
+    settings: dict[str, Any]
+
+
+_JOB: Final = TypeAdapter(_JobRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +391,7 @@ class JobFolder:
     def token(self) -> str | None:
         """The word, or None if it is not here."""
         record = _read_json(stores.join(self.url, _TOKEN), self.options)
-        return None if record is None else str(record["token"])
+        return None if record is None else str(record.get("token"))
 
     def require_token(self, expected: str) -> None:
         """Check that this host sees the folder the job was submitted with, and not another one of that name.
@@ -400,7 +422,7 @@ class JobFolder:
             StoreError: there is no job here.
         """
         path = stores.join(self.url, "job.json")
-        return validate(json.loads(stores.get_object(path, self.options))["settings"], where=path)
+        return validate(checked(_JOB, stores.get_object(path, self.options), path).settings, where=path)
 
     def run(self, name: str) -> "JobFolder":
         """The folder of a run of a sweep; this one for the only run of a job without a sweep."""
@@ -419,7 +441,7 @@ class JobFolder:
     def begun_folds(self) -> tuple[int, ...]:
         """Folds that any attempt has claimed."""
         names = stores.list_objects(stores.join(self.url, "folds"), self.options)
-        return tuple(sorted(int(name.split("/")[0]) for name in names if name.endswith(f"/{_STATE}")))
+        return tuple(sorted(int(match[1]) for match in map(_FOLD_STATE.fullmatch, names) if match))
 
     def trained_folds(self) -> tuple[int, ...]:
         """Folds that have a best checkpoint."""

@@ -1,6 +1,8 @@
 """Sweeps: one job that trains every combination of some settings and seeds, over the same staged cells."""
 
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -8,7 +10,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from h2mv_dist.config import ModelSettings, Settings, SweepSettings, TrainingSettings, revise
+from h2mv_dist.config import ModelSettings, Settings, SweepSettings, TrainingSettings, as_toml, revise
 from h2mv_dist.errors import ConfigError, describe
 from h2mv_dist.variables import nearest
 
@@ -17,6 +19,8 @@ FIXED: Final = frozenset(
     {"model.name", *(f"training.{n}" for n in ("folds", "targets", "scaler", "cache", "priority", "ranks"))}
 )
 """What all runs of a sweep share."""
+MOST_RUNS: Final = 10_000
+_WORD: Final = re.compile(r"[\w.+-]*\w", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,13 @@ def variants(settings: Settings) -> tuple[Variant, ...]:
     Raises:
         ConfigError: a swept setting is unknown, or must be the same in all runs, or a value is not valid.
     """
-    axes = {_full_name(key): tuple(values) for key, values in settings.sweep.values.items()}
+    axes = {_full_name(key): _plain(key, values) for key, values in settings.sweep.values.items()}
     if settings.sweep.seeds > 1:
         first = settings.training.seed
         axes["training.seed"] = tuple(range(first, first + settings.sweep.seeds))
+    count = math.prod(map(len, axes.values()))
+    if count > MOST_RUNS:
+        raise ConfigError(f"sweep: expected at most {MOST_RUNS} runs; given {count}; try fewer values")
     plain = settings.model_copy(update={"sweep": SweepSettings()})
     found = []
     for values in itertools.product(*axes.values()):
@@ -76,6 +83,22 @@ def parse_sweep(arguments: Sequence[str]) -> dict[str, list[str]]:
             )
         axes[key.strip()] = values.split(",")
     return axes
+
+
+def _plain(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values that can be part of a folder's name and are nothing but values: no path, no TOML comment."""
+    for value in values:
+        if not _WORD.fullmatch(str(value)):
+            raise ConfigError(
+                describe(
+                    "a value cannot be swept",
+                    where=f"sweep.values.{key}",
+                    expected="numbers, or words of letters and digits",
+                    actual=as_toml(value),
+                    fix="write the value alone",
+                )
+            )
+    return tuple(values)
 
 
 def _full_name(key: str) -> str:

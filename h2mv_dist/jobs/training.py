@@ -19,6 +19,7 @@ from h2mv_dist.jobs.messages import Job, Unit, is_id
 from h2mv_dist.jobs.reach import require_shared
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.sweep import Variant, variants
+from h2mv_dist.jobs.versions import require_same_versions
 from h2mv_dist.model.registry import chosen_targets, model_kind
 from h2mv_dist.spec import Scaler
 
@@ -110,6 +111,7 @@ def start_training(client: Client, plan: TrainingPlan) -> JobHandle:
     """
     training, folder = plan.settings.training, plan.folder
     require_workers(client, training.ranks, "training.ranks")
+    require_same_versions(client)
     token = require_shared(client, folder)
     folder.create(plan.settings)
     for run in plan.runs:

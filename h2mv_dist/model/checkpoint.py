@@ -141,7 +141,7 @@ def _metadata(data: bytes, where: str) -> dict[str, Any]:
         header = json.loads(data[8 : 8 + header_length])
         record = json.loads(header["__metadata__"][METADATA_KEY])
         schema = record["schema"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(_foreign(where, f"{type(error).__name__}: {error}")) from error
     if schema != SCHEMA:
         raise CheckpointError(
