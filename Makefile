@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults slurm lint bench bench-io clean
+.PHONY: demo test test-all faults slurm lint docs notebooks bench bench-io clean
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -27,8 +27,16 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
-test-all: test
+test-all: test docs
 	$(BIN)/python -m pytest -m slow
+
+# the documentation, in build/site; a warning is an error
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# the examples, with what they show
+notebooks: $(READY)
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
 
 # the slow fault tests alone
 faults: $(READY)
