@@ -146,7 +146,7 @@ def test_another_process_finds_a_job_whose_own_process_was_killed(
     script = (
         "import h2mv_dist as hd, sys, time\n"
         f"hd.connect({scheduler_address(client)!r})\n"
-        f"job = hd.train({settings!r}, {folder!r}, ['training.epochs=40', 'training.patience=40'])\n"
+        f"job = hd.train({settings!r}, {folder!r}, ['training.epochs=8', 'training.patience=8'])\n"
         "print(job.id, flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -157,7 +157,7 @@ def test_another_process_finds_a_job_whose_own_process_was_killed(
     job = hd.job(name)
     assert job.state == "running", "the fault came too late"
     assert job.wait(progress=False).state == "done"
-    assert job.metrics()["epoch"].max() == 40
+    assert job.metrics()["epoch"].max() == 8
 
 
 def test_a_failed_fold_says_its_own_error_first_and_short(
