@@ -28,7 +28,9 @@ def test_settings_are_valid() -> None:
 def test_both_descriptions_of_the_cluster_give_the_same_job() -> None:
     toml = load_cluster(DEPLOY / "cluster.toml")
     configured = ClusterSettings(kind="slurm", workers=toml.workers, slurm=SlurmSettings())
-    with dask.config.set(dask.config.collect(paths=[str(DEPLOY / "jobqueue.yaml")], env={})):
+    slurm._cluster_type()  # imports dask-jobqueue, whose defaults would otherwise be forgotten again below
+    file = dask.config.collect(paths=[str(DEPLOY / "jobqueue.yaml")], env={})
+    with dask.config.set(dask.config.merge(dask.config.config, file)):
         assert job_script(configured) == job_script(toml)
 
 
