@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# two files of tests at a time: many of them wait for processes, and fixtures of a file are made once
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all faults slurm lint docs notebooks bench bench-io clean
 .DELETE_ON_ERROR:
@@ -25,10 +27,10 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: test docs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow
 
 # the documentation, in build/site; a warning is an error
 docs: $(READY)
