@@ -364,6 +364,8 @@ class Job:
         from h2mv_dist.analysis.figures import loss_curves
 
         self._require_training("plot")
+        if _is_notebook():
+            _show_figures()
         return loss_curves(fold_curves(JobFolder(self.place, self._stores)))
 
     def logs(self, unit: str | None = None, *, attempt: int | None = None, rank: int | None = None) -> Logs:
@@ -474,6 +476,14 @@ def _is_notebook() -> bool:
     """Whether a kernel shows what this process displays."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+def _show_figures() -> None:
+    """Let the kernel show figures that pyplot does not know of."""
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    select_figure_formats(get_ipython(), {"png"})
 
 
 @contextmanager

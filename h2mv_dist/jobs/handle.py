@@ -132,19 +132,17 @@ def _call(client: Client, handler: str, job: Any = None) -> Any:
 
 
 def raise_failures(status: Mapping[str, Any]) -> None:
-    """Raise what the first failed unit itself said, short.
+    """Raise what the failed units themselves said, short.
 
     Raises:
         JobError: a unit failed, or the job was cancelled.
     """
     failed = [unit for unit in status["units"] if unit["state"] == "failed"]
     if failed:
-        first = failed[0]
-        others = "".join(f"\n{unit['name']}: {summary_of(unit['error'])}" for unit in failed[1:])
+        said = (f"{u['name']} (attempt {u['attempt']}): {summary_of(u['error'])}" for u in failed)
         raise JobError(
-            f"{first['name']} (attempt {first['attempt']}): {summary_of(first['error'])}{others}\n"
-            f"{len(failed)} of {len(status['units'])} units of {status['id']} failed; everything they said: "
-            f"h2mv-dist jobs logs {status['place']}"
+            "\n".join(said) + f"\n{len(failed)} of {len(status['units'])} units of {status['id']} failed; "
+            f"everything they said: h2mv-dist jobs show {status['place']}"
         )
     if status["cancelled"]:
         raise JobError(f"job {status['id']} was cancelled")

@@ -5,7 +5,6 @@ Of any other one nobody knows more than that it is ``unfinished``; it is ``runni
 ended, as far as that was written down.
 """
 
-import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,10 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
-from h2mv_dist.io.stores import displayed, exists, get_object, join, list_objects
+from h2mv_dist.io.stores import displayed, exists, join, list_objects
 from h2mv_dist.jobs.messages import kind_of
 from h2mv_dist.jobs.records import FoldRecord, JobFolder
-from h2mv_dist.jobs.run_record import RunRecord
+from h2mv_dist.jobs.run_record import RunRecord, read_record
 from h2mv_dist.jobs.sweep import variants
 from h2mv_dist.jobs.training import chosen_folds, job_id
 
@@ -117,8 +116,7 @@ def recorded_jobs(folder: str, options: StorageOptions) -> tuple[RecordedJob, ..
     """
     names = [name for name in list_objects(folder, options) if name.endswith(_RUN)]
     with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
-        found = pool.map(lambda name: get_object(join(folder, *name.split("/")), options), names)
-        runs = [RunRecord.of(json.loads(data)) for data in found]
+        runs = list(pool.map(lambda name: read_record(join(folder, *name.split("/")), options), names))
     return tuple(
         RecordedJob(run.id, run.place, run, options) for run in sorted(runs, key=lambda run: run.submitted)
     )

@@ -5,14 +5,15 @@ that submits a job writes it, and when the job ends the coordinator has a worker
 for going on are the other records; this one only tells.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+from pydantic import TypeAdapter
 
 from h2mv_dist.config import StorageOptions, canonical_json
-from h2mv_dist.errors import StoreError, describe
-from h2mv_dist.io.stores import displayed, exists, get_object, join, put_object
+from h2mv_dist.io.documents import checked
+from h2mv_dist.io.stores import exists, get_object, join, put_object
 from h2mv_dist.jobs.messages import kind_of
 
 RunState = Literal["running", "done", "failed", "cancelled"]
@@ -54,29 +55,19 @@ class RunRecord:
             StoreError: it cannot be read.
         """
         url = run_url(job, place)
-        if not exists(url, options):
-            return None
-        try:
-            return RunRecord.of(json.loads(get_object(url, options)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(
-                describe(
-                    "the record of a run cannot be used",
-                    where=displayed(url),
-                    expected="one complete record",
-                    actual=str(error),
-                    fix="delete this object; nothing depends on it",
-                )
-            ) from error
+        return read_record(url, options) if exists(url, options) else None
 
-    @staticmethod
-    def of(record: Mapping[str, Any]) -> "RunRecord":
-        """Inverse of ``dataclasses.asdict``, as stored.
 
-        Raises:
-            TypeError: a part is missing, or unknown.
-        """
-        return RunRecord(**{**record, "units": tuple(record["units"])})
+_RECORD: Final = TypeAdapter(RunRecord)
+
+
+def read_record(url: str, options: StorageOptions) -> RunRecord:
+    """The record at a URL.
+
+    Raises:
+        StoreError: there is none, or it is something else.
+    """
+    return checked(_RECORD, get_object(url, options), url)
 
 
 def run_url(job: str, place: str) -> str:
@@ -96,4 +87,4 @@ def end_run(message: Mapping[str, Any]) -> None:
     Args:
         message: ``record`` (of :class:`RunRecord`) and ``storage_options``.
     """
-    RunRecord.of(message["record"]).write(StorageOptions(message["storage_options"]))
+    _RECORD.validate_python(message["record"]).write(StorageOptions(message["storage_options"]))

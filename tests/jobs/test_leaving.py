@@ -1,6 +1,6 @@
 """Asked to leave, a rank makes a checkpoint wherever it is; what comes of it is the same to the bit."""
 
-import io
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,5 +106,8 @@ def test_a_worker_that_leaves_takes_no_rank() -> None:
 def test_the_end_of_a_long_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LOG_BYTES", 16)
     record = AttemptRecord(str(tmp_path), NO_OPTIONS)
-    supervisor._keep(record, 0, {}, None, io.BytesIO(b"first lines\n" * 100 + b"the last one"))
+    with tempfile.TemporaryFile() as log:
+        log.write(b"first lines\n" * 100 + b"the last one")
+        log.flush()
+        supervisor._keep(record, 0, {}, None, log)
     assert (tmp_path / "rank-0.log").read_bytes() == b"nes\nthe last one"

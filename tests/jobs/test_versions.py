@@ -29,7 +29,9 @@ def another_worker(client: Client, folder: Path, **versions: str) -> Iterator[No
     before = len(client.scheduler_info(n_workers=-1)["workers"])
     address = scheduler_address(client)
     command = ("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-    with process(folder / "log", *command, "--host", LOOPBACK, PYTHONPATH=path):
+    # the folder it starts in may hold the record of an editable installation
+    safe = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    with process(folder / "log", *command, "--host", LOOPBACK, **safe):
         client.wait_for_workers(before + 1, timeout=START_SECONDS)
         yield
 
