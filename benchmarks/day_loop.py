@@ -2,16 +2,13 @@
 
 The limit is the recurrent product of a day, [256, 104] x [104, 400], at the best rate ``torch.mm`` reaches in
 the same run. Inference needs it once for spin-up and once for the run; training once more for each of the two
-products of going backward. Each way has a process of its own: the baseline's is as PyTorch leaves it, the
-others keep freed memory, as workers and ranks do. All take turns; medians.
+products of going backward. All ways take turns; medians.
 """
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Final
 
 import torch
@@ -35,73 +32,38 @@ Work = Callable[[], object]
 
 def main() -> None:
     """Print a table for one process with all threads, then how cost grows with cells and days."""
-    ways = ["baseline", "as written", *([] if no_compiler_because() else ["compiled"])]
-    started = time.perf_counter()
-    processes = {way: _Process(way) for way in ways}
+    # as workers and ranks do
+    keep_freed_memory()
+    model, batch = sample_model(), sample_batch(CELLS, DAYS)
+    compiled = sample_model(compiled=not no_compiler_because(), width=CELLS)
+    seconds = time.perf_counter()
+    if compiled.compiled:
+        warm_up(compiled, KEPT, gradient=True)
     print(
         f"batch {CELLS}, {DAYS} days, {torch.get_num_threads()} threads; "
-        f"compiled (or found on disk) in {time.perf_counter() - started:.0f} s\n"
+        f"compiled (or found on disk) in {time.perf_counter() - seconds:.0f} s\n"
     )
     print(
         "| day loop | way | cell-days a second | of the baseline | of the GEMM limit |\n|---|---|---|---|---|"
     )
-    for work, passes in PASSES.items():
-        runs: dict[str, Work] = {way: partial(process.run, work) for way, process in processes.items()}
-        times = medians(runs | {"limit": partial(processes[ways[-1]].run, "limit")})
-        for way in ways:
-            rate, share = CELLS * DAYS / times[way], passes * times["limit"] / times[way]
-            print(f"| {work} | {way} | {rate:,.0f} | {times['baseline'] / times[way]:.2f} | {share:.1%} |")
-    for process in processes.values():
-        process.end()
-    if "compiled" in ways:
-        _growth()
-
-
-def _growth() -> None:
-    """How long compiled inference takes for other numbers of cells and days."""
-    keep_freed_memory()
-    model = sample_model(compiled=True)
-    warm_up(model, KEPT)
+    for name, run, baseline in (("inference", infer, infer_frozen), ("training", train, train_frozen)):
+        ways: dict[str, Work] = {
+            "baseline": partial(baseline, model, batch),
+            "as written": partial(run, model, batch),
+            "compiled": partial(run, compiled, batch),
+            "limit": products,
+        }
+        times = medians(ways)
+        for way in ("baseline", "as written", *(["compiled"] if compiled.compiled else [])):
+            rate = CELLS * DAYS / times[way]
+            share = PASSES[name] * times["limit"] / times[way]
+            print(f"| {name} | {way} | {rate:,.0f} | {times['baseline'] / times[way]:.2f} | {share:.1%} |")
+    if not compiled.compiled:
+        return
     print("\n| compiled inference | microseconds a cell-day |\n|---|---|")
     for cells, days in ((128, 365), (256, 365), (512, 365), (256, 730), (256, 1460)):
-        taken = medians({"run": partial(infer, model, sample_batch(cells, days))})["run"]
+        taken = medians({"run": partial(infer, compiled, sample_batch(cells, days))})["run"]
         print(f"| {cells} cells, {days} days | {1e6 * taken / cells / days:.2f} |")
-
-
-class _Process:
-    """A process that waits for work of one way."""
-
-    def __init__(self, way: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(way, theirs))
-        self.process.start()
-        self.pipe.recv()
-
-    def run(self, work: str) -> None:
-        """Have it done."""
-        self.pipe.send(work)
-        self.pipe.recv()
-
-    def end(self) -> None:
-        """Let the process end."""
-        self.pipe.send("")
-        self.process.join()
-
-
-def _serve(way: str, pipe: Connection) -> None:
-    if way != "baseline":
-        keep_freed_memory()
-    model, batch = sample_model(compiled=way == "compiled", width=CELLS), sample_batch(CELLS, DAYS)
-    if model.compiled:
-        warm_up(model, KEPT, gradient=True)
-    run, go_back = (infer_frozen, train_frozen) if way == "baseline" else (infer, train)
-    works: dict[str, Work] = {"limit": products}
-    works |= {"inference": partial(run, model, batch), "training": partial(go_back, model, batch)}
-    pipe.send("ready")
-    while work := pipe.recv():
-        works[work]()
-        pipe.send("done")
 
 
 def infer(model: H2MV, batch: Batch) -> None:

@@ -37,9 +37,10 @@ from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import join, list_objects, open_store, without_read_back
 from h2mv_dist.jobs.cluster import connect, workers_of
+from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference
 from h2mv_dist.jobs.inference import in_good_order, start_inference, submit_inference
-from h2mv_dist.jobs.simulation import Days, TileSimulation
+from h2mv_dist.jobs.simulation import Days, TileSimulation, kept_outputs
 from h2mv_dist.jobs.worlds import make_world
 from h2mv_dist.model.ensemble import Ensemble
 from h2mv_dist.model.h2mv import SPEC
@@ -203,7 +204,9 @@ def _hold(work: Work, tiles: Sequence[Tile]) -> None:
     days = Days(
         period=layout.period, block=layout.shard_days, baseline=planned.baseline, spinup=planned.spinup
     )
-    ensemble = Ensemble([c.build_model() for c in planned.checkpoints], torch.device("cpu"))
+    compiled, members = compiles_here(planned.code_path), [c.build_model() for c in planned.checkpoints]
+    ensemble = Ensemble(members, torch.device("cpu"), compiled=compiled)
+    ensemble.warm_up(kept_outputs(planned.spec, layout.daily))
     names = (*layout.daily, *layout.static)
     for tile in tiles:
         simulation = TileSimulation(planned.source, planned.spec, ensemble, tile, days, names)
