@@ -30,9 +30,9 @@ def _settings(_: str) -> str:
 
 
 def _readme(folder: str) -> str:
-    """A README, one heading deeper; its links to files are shown as names."""
-    text = (ROOT / folder / "README.md").read_text()
-    return re.sub(r"^#", "##", _LINK.sub(r"\1", text), flags=re.MULTILINE)
+    """A README without its title; its links to files are shown as names."""
+    _, _, text = (ROOT / folder / "README.md").read_text().partition("\n")
+    return _LINK.sub(r"\1", text)
 
 
 def _commands(_: str) -> str:

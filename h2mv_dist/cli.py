@@ -37,7 +37,7 @@ from h2mv_dist.config import (
     Settings,
     StorageOptions,
     as_toml,
-    overridden_options,
+    load_options,
     revise,
     validate,
 )
@@ -50,6 +50,7 @@ FAILED = 1
 WRONG_INPUT = 2
 TRY_LATER = 75
 TERMINATED = 143
+STOPPED_SECONDS = 0.5
 
 app = typer.Typer(
     name="h2mv-dist",
@@ -242,7 +243,7 @@ def compact(
     from h2mv_dist.jobs.configuration import load_cluster
 
     changes = with_address(set_, address)
-    options, settings = known_options(overridden_options(changes)), load_cluster(None, changes)
+    options, settings = known_options(load_options(None, changes)), load_cluster(None, changes)
     plan = plan_compact(
         cube, target, options, shard_days=shard_days, chunk_days=chunk_days, chunk=_sizes(chunk)
     )
@@ -364,7 +365,7 @@ def check_cube(
     from h2mv_dist.model.registry import model_kind
 
     changes = with_address(set_, address)
-    options = known_options(overridden_options(changes))
+    options = known_options(load_options(None, changes))
     recorded, job = recorded_job(cube, options)
     settings = revise(validate(recorded, where=f"the settings in {cube}"), changes)
     spec = model_kind(settings.model.name).spec
@@ -423,7 +424,9 @@ def start(
             stack.enter_context(cluster.scheduler_file(scheduler_file, running))
         console.print(f"scheduler: {running.scheduler_address}", soft_wrap=True)
         console.print(f"dashboard: {running.dashboard_link}", soft_wrap=True)
-        stop.wait()
+        # it may also be stopped by others, with h2mv-dist cluster stop
+        while not stop.wait(STOPPED_SECONDS) and running.scheduler.status.name == "running":
+            pass
         console.print("stopping")
 
 
@@ -483,7 +486,7 @@ def _settings(
     changes = with_address(overrides, address)
     if resume is None:
         return load(path, changes)
-    options = known_options(overridden_options(changes))
+    options = known_options(load_options(None, changes))
     return revise(JobFolder(resume, options).settings(), changes), options
 
 

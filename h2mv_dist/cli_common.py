@@ -31,7 +31,7 @@ Address = Annotated[
     str | None, typer.Option(help="Running Dask scheduler to use, instead of cluster.* in the settings.")
 ]
 ClusterFile = Annotated[
-    str | None, typer.Option("--settings", help="Settings file (TOML); its [cluster] names the scheduler.")
+    str | None, typer.Option("--settings", help="Settings file (TOML): its [cluster] and [storage_options].")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 

@@ -18,7 +18,7 @@ from h2mv_dist.cli_common import (
     print_json,
     with_address,
 )
-from h2mv_dist.config import overridden_options
+from h2mv_dist.config import load_options
 
 if TYPE_CHECKING:
     from h2mv_dist.notebook import Job
@@ -49,7 +49,7 @@ def list_jobs(
 
     changes = with_address(set_, address)
     with _connected(settings, changes, needed=folder is None):
-        found = [one.status() for one in nb.jobs(folder, storage_options=overridden_options(changes))]
+        found = nb.jobs(folder, storage_options=load_options(settings, changes)).statuses()
     if as_json:
         print_json([_as_record(status) for status in found])
         return
@@ -78,6 +78,8 @@ def show(
         print_json(_as_record(status))
         return
     console.print(table_of(status))
+    if where := status.get("scheduler"):
+        console.print(f"last known on {where}: --address {where} shows it live, if it is", soft_wrap=True)
     for unit in status["units"]:
         if unit["error"]:
             console.print(f"{unit['name']}: {unit['error']}", markup=False, highlight=False, soft_wrap=True)
@@ -135,7 +137,7 @@ def _found(name: str, settings: str | None, changes: list[str]) -> Iterator["Job
     import h2mv_dist.notebook as nb
 
     with _connected(settings, changes, needed=False):
-        yield nb.job(name, storage_options=overridden_options(changes))
+        yield nb.job(name, storage_options=load_options(settings, changes))
 
 
 @contextmanager

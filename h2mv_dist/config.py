@@ -42,7 +42,7 @@ _ONE_PROCESS: Final = (
 def place(text: str) -> str:
     """A path or URL as it reads from any folder: paths become absolute, URLs stay URLs.
 
-    >>> place("s3://bucket/job"), place("/data/old/../job/"), place("file:///data//job")
+    >>> place("s3://bucket/job/"), place("/data/old/../job/"), place("file:///data//job")
     ('s3://bucket/job', '/data/job', 'file:///data/job')
 
     Raises:
@@ -64,7 +64,7 @@ def place(text: str) -> str:
     protocol, is_url, path = text.partition("://")
     if not is_url:
         return os.path.abspath(os.path.expanduser(text))
-    return f"file://{os.path.abspath(path)}" if protocol == "file" else text
+    return f"file://{os.path.abspath(path)}" if protocol == "file" else text.rstrip("/")
 
 
 def shared_place(text: str) -> str:
@@ -640,9 +640,13 @@ def revise(settings: Settings, overrides: Sequence[str]) -> Settings:
     return validate(_merged(to_json(settings), changes), where="command line")
 
 
-def overridden_options(overrides: Sequence[str]) -> StorageOptions:
-    """The storage options among overrides (``storage_options.s3.key=...``)."""
-    return StorageOptions(_changes(overrides).get(_SECRET_TABLE))
+def load_options(path: SettingsLike | None, overrides: Sequence[str] = ()) -> StorageOptions:
+    """The storage options alone, of a file and of overrides (``storage_options.s3.key=...``).
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return StorageOptions(_read(path, overrides)[0].get(_SECRET_TABLE))
 
 
 def validate(tree: Mapping[str, Any], where: str) -> Settings:

@@ -91,7 +91,8 @@ def _title(status: Mapping[str, Any]) -> str:
 
 def _tile_table(status: Mapping[str, Any]) -> Table:
     states = [unit["state"] for unit in status["units"]]
-    table = Table(title=_title(status), title_justify="left")
+    title = _title(status)
+    table = Table(title=title, title_justify="left", min_width=len(title))
     for state in dict.fromkeys(("done", "running", *states)):
         table.add_column(_state(state), justify="right")
     table.add_row(*(str(states.count(s)) for s in dict.fromkeys(("done", "running", *states))))

@@ -32,7 +32,8 @@ from h2mv_dist.config import (
     shared_place,
 )
 from h2mv_dist.display import watching
-from h2mv_dist.errors import ConfigError, JobError, describe
+from h2mv_dist.errors import ConfigError, H2mvError, JobError, describe
+from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.netcdf import select
 from h2mv_dist.io.stores import displayed, get_object, join
@@ -56,10 +57,11 @@ from h2mv_dist.jobs.logs import RankLog, recorded_logs, with_what_runs
 from h2mv_dist.jobs.messages import is_id, kind_of
 from h2mv_dist.jobs.page import page_of
 from h2mv_dist.jobs.progress import duration, progress_of, speed
-from h2mv_dist.jobs.recorded import RecordedJob, find_job, fold_records, recorded_jobs
+from h2mv_dist.jobs.recorded import RecordedJob, find_job, recorded_folds, recorded_jobs, unreadable
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.summary import FILE as SUMMARY
 from h2mv_dist.jobs.training import job_id, plan_training, start_training
+from h2mv_dist.variables import nearest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,9 +222,13 @@ def jobs(
         found |= {
             one.place: Job(one.id, one.place, options) for one in recorded_jobs(shared_place(folder), options)
         }
-    if folder is None or _session.client is not None:
+    if folder is None or _connected():
         found |= {s["place"]: Job(s["id"], s["place"], options) for s in known_jobs(_client())}
     return Jobs(found.values())
+
+
+def _connected() -> bool:
+    return _session.client is not None and _session.client.status == "running"
 
 
 def _client() -> Client:
@@ -254,11 +260,21 @@ def _options(given: Mapping[str, Mapping[str, object]] | None) -> StorageOptions
 class Jobs(tuple["Job", ...]):
     """Some jobs; shown as a list."""
 
+    def statuses(self) -> list[dict[str, Any]]:
+        """Status of each; of one that cannot be read, a failed one that says so."""
+        found = []
+        for one in self:
+            try:
+                found.append(one.status())
+            except H2mvError as error:
+                found.append(unreadable(one.id, one.place, str(error)))
+        return found
+
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self)) or "no jobs"
+        return "\n".join(map(_told, self.statuses())) or "no jobs"
 
     def _repr_html_(self) -> str:
-        return jobs_html([one.status() for one in self])
+        return jobs_html(self.statuses(), _link())
 
 
 class Logs(tuple[RankLog, ...]):
@@ -330,7 +346,13 @@ class Job:
         Raises:
             JobError: the connected scheduler does not know the job.
         """
-        return JobHandle(self.id, _client()).cancel()
+        handle = JobHandle(self.id, _client())
+        # an unknown job is an error, not one that had nothing to stop
+        handle.status()
+        stopped = handle.cancel()
+        while stopped and not handle.status()["finished"]:
+            time.sleep(POLL_SECONDS)
+        return stopped
 
     def metrics(self) -> pd.DataFrame:
         """Training: a line for each epoch of each fold. A cube: one for each receipt of a tile.
@@ -340,7 +362,10 @@ class Job:
         """
         if self._is_training:
             return metrics_table(JobFolder(self.place, self._stores))
-        ledger = Ledger(self.place, self._stores)
+        if kind_of(self.id) == "prepare":
+            raise ConfigError("metrics: a prepared store has none; look at status()")
+        rollbacks = read_cube(self.place, self._stores).progress.rollbacks
+        ledger = Ledger(self.place, self._stores, rollbacks)
         covered = [one for tile in ledger.covered().values() for one in tile]
         rows = zip(covered, ledger.receipts(covered), strict=True)
         return pd.DataFrame(
@@ -377,18 +402,16 @@ class Job:
             rank: number of a rank; all if None.
 
         Raises:
-            ConfigError: this is no training job; what tiles say when they fail is in its status.
+            ConfigError: this is no training job, or it has no such fold; what tiles say is in the status.
         """
         self._require_training("logs")
-        records = fold_records(self._recorded())
-        found = [
-            log
-            for name, record in records
-            if unit in (None, name)
-            for log in recorded_logs(name, record, attempt)
-        ]
-        if _session.client is not None and self._live():
-            found = list(with_what_runs(_session.client, self.id, found))
+        folds = list(recorded_folds(self._recorded()))
+        if unit is not None and unit not in (names := tuple(fold.name for fold in folds)):
+            raise ConfigError(f"{self.id} has no {unit!r}; {nearest(unit, names)}")
+        chosen = [fold for fold in folds if unit in (None, fold.name)]
+        found = [log for fold in chosen for log in recorded_logs(fold.name, fold.record, attempt)]
+        if (live := self._live()) is not None:
+            found = list(with_what_runs(_client(), live, found))
         return Logs(log for log in found if rank in (None, log.rank))
 
     def result(self) -> JobResult:
@@ -399,12 +422,11 @@ class Job:
         """
         if not self._is_training:
             return JobResult(self.place, {}, None, select(self.place, self._stores))
-        best = {
-            name: record for name, record in fold_records(self._recorded()) if record.has_checkpoint("best")
-        }
-        urls = {name: record.checkpoint_path(record.state().best) for name, record in best.items()}
+        trained = [fold for fold in recorded_folds(self._recorded()) if fold.record.has_checkpoint("best")]
+        urls = {fold.name: fold.record.checkpoint_path(fold.record.state().best) for fold in trained}
         table = get_object(join(self.place, SUMMARY), self._stores)
-        return JobResult(self.place, urls, pd.read_csv(BytesIO(table)), None)
+        summary = pd.read_csv(BytesIO(table)) if table.strip() else pd.DataFrame()
+        return JobResult(self.place, urls, summary, None)
 
     @property
     def _is_training(self) -> bool:
@@ -418,11 +440,10 @@ class Job:
 
     def _live(self) -> dict[str, Any] | None:
         """What the connected scheduler knows of the job; one that was lost knows nothing."""
-        client = _session.client
-        if client is None or client.status != "running":
+        if not _connected():
             return None
         with suppress(JobError):
-            return status_of(client, self.id)
+            return status_of(_client(), self.id)
         return None
 
     def _recorded(self) -> RecordedJob:
@@ -452,19 +473,29 @@ class Job:
         )
 
     def __repr__(self) -> str:
-        progress = progress_of(self.status())
-        told = f"<{self.id} {progress.state}: {progress.done} of {progress.total} {progress.step}s"
-        if speed(progress):
-            told += f", {speed(progress)}, {duration(progress.seconds_left)} left"
-        return f"{told}, {displayed(self.place)}>"
+        return _told(self.status())
 
     def _repr_html_(self) -> str:
         return jobs_html([self.status()], _link())
 
 
+def _told(status: Mapping[str, Any]) -> str:
+    """A job in one line."""
+    progress = progress_of(status)
+    told = f"<{status['id']} {progress.state}: {progress.done} of {progress.total} {progress.step}s"
+    if speed(progress):
+        told += f", {speed(progress)}, {duration(progress.seconds_left)} left"
+    return f"{told}, {displayed(status['place'])}>"
+
+
 def _link() -> str | None:
     """The page of all jobs, if this process is connected."""
-    return None if _session.client is None else page_of(_session.client.dashboard_link)
+    if not _connected():
+        return None
+    # a scheduler may be gone, or have no dashboard
+    with suppress(OSError, KeyError):
+        return page_of(_client().dashboard_link)
+    return None
 
 
 def _watching(job: Job) -> AbstractContextManager[Watcher]:

@@ -36,6 +36,8 @@ BLAMING_SECONDS: Final = 5.0
 SILENT_SECONDS: Final = 10.0
 SILENT_HEARTBEATS: Final = 5
 """A worker that was not heard of for this long, and missed so many heartbeats, gets no rank."""
+RECORDING_SECONDS: Final = 10.0
+"""How long whoever waits for a job is kept waiting until its end is recorded, which takes a free worker."""
 _SEVERITY: Final[tuple[str, ...]] = get_args(FailureKind)
 
 
@@ -86,6 +88,7 @@ class Coordinator(SchedulerPlugin):
         self.leases: dict[str, _Gang] = {}
         self.health = Health()
         self.running: set[asyncio.Task[None]] = set()
+        self.ending: set[str] = set()
         self.client = await Client(
             scheduler.address,
             asynchronous=True,
@@ -139,11 +142,16 @@ class Coordinator(SchedulerPlugin):
         """State of every unit of a job, without its settings."""
         if job not in self.jobs:
             return None
-        return {**self.jobs[job].status(), "quarantined": dict(self.health.quarantined)}
+        return {**self._told(self.jobs[job]), "quarantined": dict(self.health.quarantined)}
+
+    def _told(self, job: Job) -> dict[str, Any]:
+        """A job counts as finished once that is recorded: whoever waits for it may close the cluster then."""
+        status = job.status()
+        return {**status, "finished": status["finished"] and job.id not in self.ending}
 
     async def list_jobs(self) -> list[dict[str, Any]]:
         """State of all jobs since this scheduler started, in the order they were submitted."""
-        return [job.status() for job in sorted(self.jobs.values(), key=lambda job: job.submitted)]
+        return [self._told(job) for job in sorted(self.jobs.values(), key=lambda job: job.submitted)]
 
     async def cancel(self, job: str) -> bool:
         """Stop a job's units; workers are free within a second. False if there was nothing to stop."""
@@ -247,9 +255,15 @@ class Coordinator(SchedulerPlugin):
     def _record_end(self, job: Job) -> None:
         """Have some worker write down how a job ended, once it has."""
         if job.finished and job.place:
+            self.ending.add(job.id)
             self._keep(self._write_end(job))
 
     async def _write_end(self, job: Job) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._written_end(job), RECORDING_SECONDS)
+        self.ending.discard(job.id)
+
+    async def _written_end(self, job: Job) -> None:
         record = {"scheduler": self.scheduler.address, **job.ending()}
         content = {"job": job.id, "unit": "record", "record": record}
         message = tasks.Message({**content, "storage_options": job.common["storage_options"]})

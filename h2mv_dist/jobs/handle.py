@@ -1,5 +1,6 @@
 """A handle on a submitted job: status, wait, cancel."""
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,8 +96,10 @@ def submit(client: Client, job: Job) -> JobHandle:
         StoreError: the record cannot be written.
     """
     if running(client, job.id) is None and job.place:
+        job.run = secrets.token_hex(4)
         begun = RunRecord(
             id=job.id,
+            run=job.run,
             place=job.place,
             scheduler=scheduler_address(client),
             submitted=time.time(),
@@ -104,6 +107,8 @@ def submit(client: Client, job: Job) -> JobHandle:
         )
         begun.write(StorageOptions(job.common["storage_options"]))
     refusal = _call(client, "h2mv_submit", job.message())
+    if refusal is None:
+        raise _no_coordinator(client)
     if refusal:
         raise JobError(f"{refusal}; wait for it, or cancel it first")
     return JobHandle(job.id, client)
@@ -111,7 +116,23 @@ def submit(client: Client, job: Job) -> JobHandle:
 
 def known_jobs(client: Client) -> list[dict[str, Any]]:
     """Status of every job the client's scheduler was given, oldest first."""
-    return list(_call(client, "h2mv_jobs"))
+    found: list[dict[str, Any]] | None = _call(client, "h2mv_jobs")
+    if found is None:
+        raise _no_coordinator(client)
+    return found
+
+
+def _no_coordinator(client: Client) -> JobError:
+    """Dask answers nothing to what a scheduler does not know."""
+    return JobError(
+        describe(
+            "the scheduler does not run the coordinator",
+            where=scheduler_address(client),
+            expected="the scheduler that was connected to",
+            actual="one that was started anew",
+            fix="connect again",
+        )
+    )
 
 
 def _call(client: Client, handler: str, job: Any = None) -> Any:

@@ -59,10 +59,11 @@ def _recorded(unit: str, record: FoldRecord, rank: Mapping[str, Any]) -> RankLog
     return RankLog(*who, outcome["kind"], outcome["reason"], text)
 
 
-def with_what_runs(client: Client, job: str, logs: list[RankLog]) -> Iterator[RankLog]:
+def with_what_runs(client: Client, status: Mapping[str, Any], logs: list[RankLog]) -> Iterator[RankLog]:
     """The same logs; of ranks that still run on the client's cluster, what they printed so far."""
-    running = any(log.outcome == "running" for log in logs)
-    found = client.run(printed_so_far, job, on_error="ignore") if running else {}
+    workers = [worker for unit in status["units"] if unit["state"] == "running" for worker in unit["workers"]]
+    # only of these: one worker that does not answer would hold up all
+    found = client.run(printed_so_far, status["id"], workers=workers, on_error="ignore") if workers else {}
     now = {key: text for of_worker in found.values() for key, text in of_worker.items()}
     for log in logs:
         live = now.get((log.unit, log.attempt, log.rank)) if log.outcome == "running" else None

@@ -20,7 +20,8 @@ FULL_PATIENCE_SECONDS: Final = 3600.0
 """How long a unit is tried again while a store or disk has no room, before that counts as its failure."""
 FIRST_PAUSE_SECONDS: Final = 5.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
-_ID: Final = re.compile(r"(train|infer|prepare|compact)-[0-9a-f]{8}")
+ID: Final = "^(train|infer|prepare|compact)-[0-9a-f]{8}$"
+"""How a job's id looks."""
 _PAUSED: Final = ("full", "busy")
 """What is no better if tried again at once."""
 
@@ -154,6 +155,7 @@ class Job:
         final: runs once all units are done.
         always_final: run the final unit even if some units failed.
         priority: jobs with a higher one come first.
+        run: a word that no other run of the job has.
         submitted: by the scheduler's clock, seconds since 1970.
     """
 
@@ -164,6 +166,7 @@ class Job:
     final: Unit | None = None
     always_final: bool = False
     priority: int = 0
+    run: str = ""
     submitted: float = 0.0
     cancelled: bool = False
 
@@ -210,6 +213,7 @@ class Job:
             "final": self.final.message() if self.final is not None else None,
             "always_final": self.always_final,
             "priority": self.priority,
+            "run": self.run,
         }
 
     def status(self) -> dict[str, Any]:
@@ -229,6 +233,7 @@ class Job:
         failed = {unit.name: unit.error for unit in self.all_units() if unit.state == "failed"}
         return {
             "id": self.id,
+            "run": self.run,
             "place": self.place,
             "submitted": self.submitted,
             "units": [unit.name for unit in self.units],
@@ -249,6 +254,7 @@ class Job:
             final=Unit(**final, state="waiting") if final is not None else None,
             always_final=message["always_final"],
             priority=message["priority"],
+            run=message["run"],
             submitted=time.time(),
         )
 
@@ -259,7 +265,7 @@ def is_id(text: str) -> bool:
     >>> is_id("train-0123abcd"), is_id("train-later"), is_id("s3://bucket/train-0123abcd")
     (True, False, False)
     """
-    return _ID.fullmatch(text) is not None
+    return re.match(ID, text) is not None
 
 
 def kind_of(job: str) -> str:

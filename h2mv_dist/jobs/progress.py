@@ -84,9 +84,11 @@ def _state(status: Mapping[str, Any]) -> str:
     states = {unit["state"] for unit in status["units"]}
     if status["cancelled"]:
         return "cancelled"
-    if not status["finished"]:
-        return "unfinished" if "unfinished" in states else "running"
-    return "failed" if "failed" in states else "done"
+    if "failed" in states and status["finished"]:
+        return "failed"
+    if "unfinished" in states:
+        return "unfinished"
+    return "done" if status["finished"] else "running"
 
 
 def duration(seconds: float | None) -> str:

@@ -1,15 +1,15 @@
 """What the records of a job say, without any cluster: a status as a scheduler would give it (``Job.status``).
 
 A unit is done if its own record says so, and ``failed`` or ``cancelled`` if the record of the last run does.
-Of any other one nobody knows more than that it is ``unfinished``; it is ``running`` if the last run has not
-ended, as far as that was written down.
+Of any other one nobody knows more than that it is ``unfinished``: whether the last run goes on, only its
+scheduler can tell.
 """
 
 import posixpath
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, describe
@@ -48,13 +48,18 @@ class RecordedJob:
         Raises:
             StoreError: the records cannot be read.
         """
-        run, units = self.run, [self._as_last_run_left_it(unit) for unit in self._units()]
+        run, units = self.run, self._units()
+        if run is not None:
+            units = _as_left_by(run, units)
         return {
             "id": self.id,
             "place": self.place,
             "submitted": run.submitted if run else None,
             "now": (run.ended if run else None) or 0.0,
-            "finished": run.state != "running" if run else all(u["state"] == "done" for u in units),
+            "finished": (run is not None and run.state != "running")
+            or (run is None and all(unit["state"] == "done" for unit in units)),
+            # as far as was written down, which it is not where a scheduler was lost
+            "scheduler": run.scheduler if run is not None and run.state == "running" else "",
             "cancelled": run is not None and run.state == "cancelled",
             "units": units,
         }
@@ -71,13 +76,33 @@ class RecordedJob:
             case _:
                 return _tiles(self)
 
-    def _as_last_run_left_it(self, unit: dict[str, Any]) -> dict[str, Any]:
-        if unit["state"] == "done" or self.run is None:
-            return unit
-        if self.run.state in ("running", "cancelled"):
-            return {**unit, "state": self.run.state}
-        error = self.run.failed.get(unit["name"])
-        return unit if error is None else {**unit, "state": "failed", "error": error}
+
+def _as_left_by(run: RunRecord, units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Units after the last run, which also knows errors of units that records know nothing of."""
+    failed = run.failed if run.state == "failed" else {}
+    known = {unit["name"] for unit in units}
+    ends = [_unit(name, "unfinished", steps=0) for name in failed if name not in known]
+    return [_left_by(run, failed, unit) for unit in [*units, *ends]]
+
+
+def _left_by(run: RunRecord, failed: Mapping[str, str], unit: dict[str, Any]) -> dict[str, Any]:
+    if unit["name"] in failed:
+        return {**unit, "state": "failed", "error": failed[unit["name"]]}
+    return {**unit, "state": "cancelled"} if run.state == "cancelled" and unit["state"] != "done" else unit
+
+
+def unreadable(name: str, place: str, reason: str) -> dict[str, Any]:
+    """Stands for the status of a job whose records cannot be read, in a list of others."""
+    unit = {**_unit(name, "failed", steps=0), "error": reason}
+    return {
+        "id": name,
+        "place": place,
+        "submitted": None,
+        "now": 0.0,
+        "finished": True,
+        "cancelled": False,
+        "units": [unit],
+    }
 
 
 def find_job(place: str, options: StorageOptions) -> RecordedJob:
@@ -92,8 +117,8 @@ def find_job(place: str, options: StorageOptions) -> RecordedJob:
         StoreError: the records cannot be read.
     """
     if JobFolder(place, options).exists():
-        name = job_id("train", place)
-        return RecordedJob(name, place, RunRecord.read(name, place, options), options)
+        run = RunRecord.read(job_id("train", place), place, options)
+        return RecordedJob(run.id if run else job_id("train", place), place, run, options)
     run = RunRecord.read("", place, options)
     if run is None and not exists(join(place, "zarr.json"), options):
         raise JobError(
@@ -114,7 +139,7 @@ def recorded_jobs(folder: str, options: StorageOptions) -> tuple[RecordedJob, ..
     Raises:
         StoreError: the folder cannot be listed.
     """
-    names = [name for name in list_objects(folder, options) if name.endswith(_RUN)]
+    names = [name for name in list_objects(folder, options) if f".{name}".endswith((f"/{_RUN}", f".{_RUN}"))]
     with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
         runs = list(pool.map(lambda name: read_record(join(folder, *name.split("/")), options), names))
     return tuple(
@@ -122,25 +147,33 @@ def recorded_jobs(folder: str, options: StorageOptions) -> tuple[RecordedJob, ..
     )
 
 
-def fold_records(job: RecordedJob) -> Iterator[tuple[str, FoldRecord]]:
-    """Name of each unit of a training job, and its records; also of folds nobody has begun."""
+class RecordedFold(NamedTuple):
+    """A unit of a training job: its name, its records, and the epochs it takes at most."""
+
+    name: str
+    record: FoldRecord
+    epochs: int
+
+
+def recorded_folds(job: RecordedJob) -> Iterator[RecordedFold]:
+    """All folds of a training job, also those nobody has begun."""
     folder = JobFolder(job.place, job.options)
     for variant in variants(folder.settings()):
+        run, epochs = folder.run(variant.name), variant.settings.training.epochs
         for fold in chosen_folds(variant.settings):
-            yield posixpath.join(variant.name, f"fold-{fold:02d}"), folder.run(variant.name).fold(fold)
+            yield RecordedFold(posixpath.join(variant.name, f"fold-{fold:02d}"), run.fold(fold), epochs)
 
 
 def _folds(job: RecordedJob) -> list[dict[str, Any]]:
-    epochs = JobFolder(job.place, job.options).settings().training.epochs
     with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
-        return list(pool.map(lambda found: _fold(found[0], found[1], epochs), fold_records(job)))
+        return list(pool.map(_fold, recorded_folds(job)))
 
 
-def _fold(name: str, record: FoldRecord, epochs: int) -> dict[str, Any]:
-    done, metrics = record.done(), record.metrics()
+def _fold(fold: RecordedFold) -> dict[str, Any]:
+    done, metrics = fold.record.done(), fold.record.metrics()
     finished = done is not None and done["epoch"] == len(metrics)
-    latest = metrics[-1] if metrics else {}
-    return _unit(name, "done" if finished else "unfinished", epochs, record.state().attempt, latest)
+    state, latest = "done" if finished else "unfinished", metrics[-1] if metrics else {}
+    return _unit(fold.name, state, fold.epochs, fold.record.state().attempt, latest)
 
 
 def _tiles(job: RecordedJob) -> list[dict[str, Any]]:

@@ -7,14 +7,14 @@ for going on are the other records; this one only tells.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.io.documents import checked
 from h2mv_dist.io.stores import exists, get_object, join, put_object
-from h2mv_dist.jobs.messages import kind_of
+from h2mv_dist.jobs.messages import ID, kind_of
 
 RunState = Literal["running", "done", "failed", "cancelled"]
 
@@ -25,6 +25,7 @@ class RunRecord:
 
     Attributes:
         id: of the job.
+        run: a word that no other run of the job has.
         place: URL of the folder or store it fills.
         scheduler: address of the scheduler it was submitted to.
         submitted: seconds since 1970.
@@ -34,7 +35,8 @@ class RunRecord:
         failed: name of a unit -> its error.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern=ID)]
+    run: str
     place: str
     scheduler: str
     submitted: float
@@ -82,9 +84,12 @@ def run_url(job: str, place: str) -> str:
 
 
 def end_run(message: Mapping[str, Any]) -> None:
-    """On a worker, when a job has ended: complete its record.
+    """On a worker, when a job has ended: complete its record, unless a newer run has one.
 
     Args:
         message: ``record`` (of :class:`RunRecord`) and ``storage_options``.
     """
-    _RECORD.validate_python(message["record"]).write(StorageOptions(message["storage_options"]))
+    ended, options = _RECORD.validate_python(message["record"]), StorageOptions(message["storage_options"])
+    found = RunRecord.read(ended.id, ended.place, options)
+    if found is None or found.run == ended.run:
+        ended.write(options)

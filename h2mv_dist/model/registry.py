@@ -70,7 +70,18 @@ def model_kind(name: str) -> ModelKind:
     if name not in installed.names:
         names = (*MODELS, *installed.names)
         raise ConfigError(f"unknown model {name!r} in model.name; {nearest(name, names)}")
-    found = installed[name].load()
+    try:
+        found = installed[name].load()
+    except Exception as error:
+        raise ConfigError(
+            describe(
+                "an installed model cannot be loaded",
+                where=f"entry point {installed[name].value} of {GROUP}",
+                expected="a ModelKind",
+                actual=f"{type(error).__name__}: {error}",
+                fix="correct the package, and install it again on every worker",
+            )
+        ) from error
     if not isinstance(found, ModelKind) or found.spec.name != name:
         raise ConfigError(
             describe(

@@ -10,7 +10,13 @@ from nbclient import NotebookClient
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWN = {
     "1_first_run.ipynb": ("Training", "Global inference", "image/png", "&lt;xarray.Dataset&gt;"),
-    "2_leave_and_come_back.ipynb": ("Training", "'cancelled'", "done: 12 of 12 epochs", "rank 0 on"),
+    "2_leave_and_come_back.ipynb": (
+        "Training",
+        "'cancelled'",
+        "done: 12 of 12 epochs",
+        "cancelled: ",
+        "rank 0 on",
+    ),
     "3_global_inference_on_s3.ipynb": ("Global inference", "image/png", "&lt;xarray.Dataset&gt;", "residual"),
     "4_a_new_process_law.ipynb": ("mm more", "'rain-on-snow': ", "image/png"),
 }
