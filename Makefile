@@ -2,7 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# the package alone, and with what its developers need
+PACKAGE := $(VENV)/.package
 READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # two files of tests at a time: many of them wait for processes, and fixtures of a file are made once
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
@@ -11,13 +14,17 @@ SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-$(READY): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable .
 	@touch $@
 
-demo: $(READY)
+$(READY): $(PACKAGE)
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(PACKAGE)
 	$(BIN)/h2mv-dist demo demo-output
 
 lint: $(READY)
