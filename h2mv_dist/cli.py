@@ -26,13 +26,13 @@ from h2mv_dist.cli_common import (
     ClusterFile,
     Overrides,
     console,
+    named_scheduler,
     place,
     print_json,
     with_address,
 )
 from h2mv_dist.cli_jobs import jobs_app
 from h2mv_dist.config import (
-    ClusterSettings,
     DataSettings,
     Settings,
     StorageOptions,
@@ -437,7 +437,7 @@ def info(address: Address = None, settings: ClusterFile = None, as_json: AsJson 
 
     from h2mv_dist.jobs.cluster import connect, scheduler_address, workers_of
 
-    with connect(_running(settings, address)) as client:
+    with connect(named_scheduler(settings, with_address(None, address))) as client:
         where, dashboard, workers = scheduler_address(client), client.dashboard_link, workers_of(client)
     shown = ("host", "nthreads", "memory_limit", "status")
     rows = [{"address": at, **{key: worker[key] for key in shown}} for at, worker in workers.items()]
@@ -457,21 +457,10 @@ def stop(address: Address = None, settings: ClusterFile = None) -> None:
     """Stop a running scheduler and its workers; jobs stop with them, and go on when submitted again."""
     from h2mv_dist.jobs.cluster import connect, scheduler_address
 
-    with connect(_running(settings, address)) as client:
+    with connect(named_scheduler(settings, with_address(None, address))) as client:
         where = scheduler_address(client)
         client.shutdown()
     console.print(f"stopped {where}", soft_wrap=True)
-
-
-def _running(settings: str | None, address: str | None) -> ClusterSettings:
-    """Settings that name a running scheduler."""
-    from h2mv_dist.jobs.cluster import chosen_kind
-    from h2mv_dist.jobs.configuration import load_cluster
-
-    chosen = load_cluster(settings, with_address(None, address))
-    if chosen_kind(chosen) != "address":
-        raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
-    return chosen
 
 
 def _settings(

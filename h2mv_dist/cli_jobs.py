@@ -14,8 +14,10 @@ from h2mv_dist.cli_common import (
     ClusterFile,
     Overrides,
     console,
+    named_scheduler,
     place,
     print_json,
+    scheduler_if_named,
     with_address,
 )
 from h2mv_dist.config import load_options
@@ -133,10 +135,11 @@ def watch(
 
 @contextmanager
 def _found(name: str, settings: str | None, changes: list[str]) -> Iterator["Job"]:
-    """A job, while its scheduler is connected if one is named."""
+    """A job, while its scheduler is connected if one is named, as it must be for an id."""
     import h2mv_dist.notebook as nb
+    from h2mv_dist.jobs.messages import is_id
 
-    with _connected(settings, changes, needed=False):
+    with _connected(settings, changes, needed=is_id(name)):
         yield nb.job(name, storage_options=load_options(settings, changes))
 
 
@@ -144,13 +147,9 @@ def _found(name: str, settings: str | None, changes: list[str]) -> Iterator["Job
 def _connected(settings: str | None, changes: list[str], *, needed: bool) -> Iterator[Any]:
     """The client of the scheduler that options, file or configuration name; no cluster is ever started."""
     import h2mv_dist.notebook as nb
-    from h2mv_dist.jobs.cluster import chosen_kind
-    from h2mv_dist.jobs.configuration import load_cluster
 
-    chosen = load_cluster(settings, changes)
-    if chosen_kind(chosen) != "address":
-        if needed:
-            raise typer.BadParameter("say which scheduler: --address, or --settings with cluster.address")
+    chosen = named_scheduler(settings, changes) if needed else scheduler_if_named(settings, changes)
+    if chosen is None:
         yield None
         return
     try:

@@ -12,6 +12,7 @@ A job lives on the scheduler and in its records, not here: ``hd.job`` finds it a
 """
 
 import atexit
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,9 @@ from h2mv_dist.variables import nearest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_log: Final = logging.getLogger(__name__)
 
 
 class _Session:
@@ -141,7 +145,9 @@ def train(
     client, url = _client(), shared_place(folder)
     chosen, options = _settings(settings, overrides, storage_options)
     name = job_id("train", url)
-    if running(client, name) is None:
+    if running(client, name) is not None:
+        _log.warning("%s is running already, with the settings it was started with", name)
+    else:
         start_training(client, plan_training(chosen, url, options))
     return Job(name, url, options)
 
@@ -173,7 +179,9 @@ def infer(
     folder = job.place if isinstance(job, Job) else shared_place(job)
     chosen, options = _settings(settings, overrides, storage_options)
     name = job_id("infer", url)
-    if running(client, name) is None:
+    if running(client, name) is not None:
+        _log.warning("%s is running already, with the settings it was started with", name)
+    else:
         plan = plan_inference(chosen, folder, options, cube=url, append=append)
         start_inference(client, plan, folder, url, options)
     return Job(name, url, options)

@@ -9,6 +9,7 @@ import asyncio
 import bisect
 import contextlib
 import itertools
+import logging
 import pickle
 import secrets
 import time
@@ -38,6 +39,7 @@ SILENT_HEARTBEATS: Final = 5
 """A worker that was not heard of for this long, and missed so many heartbeats, gets no rank."""
 RECORDING_SECONDS: Final = 10.0
 """How long whoever waits for a job is kept waiting until its end is recorded, which takes a free worker."""
+_log: Final = logging.getLogger(__name__)
 _SEVERITY: Final[tuple[str, ...]] = get_args(FailureKind)
 
 
@@ -259,15 +261,20 @@ class Coordinator(SchedulerPlugin):
             self._keep(self._write_end(job))
 
     async def _write_end(self, job: Job) -> None:
-        with contextlib.suppress(TimeoutError):
+        """Try to; whatever becomes of it, nobody is kept waiting for the job any longer."""
+        try:
             await asyncio.wait_for(self._written_end(job), RECORDING_SECONDS)
-        self.ending.discard(job.id)
+        except Exception as error:
+            _log.warning("the end of %s was not recorded: %s", job.id, error or type(error).__name__)
+        finally:
+            self.ending.discard(job.id)
 
     async def _written_end(self, job: Job) -> None:
         record = {"scheduler": self.scheduler.address, **job.ending()}
         content = {"job": job.id, "unit": "record", "record": record}
         message = tasks.Message({**content, "storage_options": job.common["storage_options"]})
-        await self.client.submit(tasks.record_end, message, pure=False, retries=0)
+        if problem := await self.client.submit(tasks.record_end, message, pure=False, retries=0):
+            _log.warning("the end of %s was not recorded: %s", job.id, problem)
 
     def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
         if failed.failure.kind == "machine" and failed.slot:

@@ -9,7 +9,7 @@ from h2mv_dist.jobs.messages import kind_of
 FOLD_COLUMNS: Final = ("fold", "state", "attempt", "epoch", "train", "validation", "best", "s / epoch")
 STEP: Final = {"train": "epoch", "infer": "tile", "prepare": "stretch", "compact": "shard"}
 """Kind of job -> what it goes forward by."""
-_OVER: Final = ("done", "failed", "cancelled")
+_OVER: Final = ("failed", "cancelled")
 
 
 class Progress(NamedTuple):
@@ -45,14 +45,15 @@ def progress_of(status: Mapping[str, Any]) -> Progress:
     """
     units = status["units"]
     done = sum(map(_steps_done, units))
-    left = sum(unit["steps"] - _steps_done(unit) for unit in units if unit["state"] not in _OVER)
+    undone = [unit for unit in units if unit["state"] != "done"]
+    left = sum(unit["steps"] - _steps_done(unit) for unit in undone if unit["state"] not in _OVER)
     rate = None if status["finished"] else _rate(status, done)
     return Progress(
         state=_state(status),
         units=Counter(unit["state"] for unit in units),
         step=STEP[kind_of(status["id"])],
         done=done,
-        total=done + left,
+        total=done + sum(unit["steps"] - _steps_done(unit) for unit in undone),
         rate=rate,
         seconds_left=left / rate if rate else None,
     )

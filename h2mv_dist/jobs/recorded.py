@@ -119,7 +119,8 @@ def find_job(place: str, options: StorageOptions) -> RecordedJob:
     if JobFolder(place, options).exists():
         run = RunRecord.read(job_id("train", place), place, options)
         return RecordedJob(run.id if run else job_id("train", place), place, run, options)
-    run = RunRecord.read("", place, options)
+    # all but training jobs keep it at the same place
+    run = RunRecord.read("infer", place, options)
     if run is None and not exists(join(place, "zarr.json"), options):
         raise JobError(
             describe(

@@ -366,7 +366,7 @@ class FoldRun:
         with beating(self.emit):
             if self.record.has_checkpoint("last"):
                 self._restore(self.record.read_checkpoint("last"))
-            distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
+            distributed = DistributedDataParallel(self.model, forward_sync_buffers=False)
         while not self._finished():
             validated = self._validate() if self._train_epoch(distributed) else None
             if validated is None:

@@ -122,7 +122,7 @@ def gradients_of_all_cases(rank: int, world: int, folder: Path) -> None:
             cells = ranks.share(np.arange(case.n_cells))
             share = some_cells(case.batch(), cells)
             objective = case.objective(ranks)
-            model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
+            model = DistributedDataParallel(builders.model(), forward_sync_buffers=False)
             # DDP sorts its buckets anew after the first step
             for _ in range(2):
                 model.zero_grad(set_to_none=True)
@@ -211,7 +211,7 @@ def faults(rank: int, world: int, folder: Path) -> None:
         sheer.static[6, 0] = 101.0
         for each in (case, pieces):
             objective = each.objective(ranks)
-            model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
+            model = DistributedDataParallel(builders.model(), forward_sync_buffers=False)
             found = []
             for batch, loss in ((bad, objective.loss), (sheer, steep), (clean, objective.loss)):
                 model.zero_grad(set_to_none=True)
