@@ -305,7 +305,7 @@ class TrainingSettings(_Settings):
     """Torch threads of each rank on a CPU. If left out, those of its worker; where it has several, days run
     as written and a fold is large, fewer if they are about as fast, as measured before the first step."""
     code_path: CodePath = "auto"
-    """``compiled``: blocks of days as one piece of machine code each, two to three times as fast; takes a
+    """``compiled``: blocks of days as one piece of machine code each, three to four times as fast; takes a
     C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
     on CPUs with a compiler where that is worth the minute."""
     recompute: bool | None = None

@@ -64,4 +64,4 @@ def compiles_here(path: str) -> bool:
 @cache
 def _warn(obstacle: str) -> None:
     """Once a process."""
-    _log.warning("days run as written, which takes two to three times as long: %s", obstacle)
+    _log.warning("days run as written, which takes three to four times as long: %s", obstacle)

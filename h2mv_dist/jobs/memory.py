@@ -9,23 +9,28 @@ _ARENA_MAX: Final = -8
 """Numbers of glibc's settings of these names (malloc.h)."""
 
 KEPT_BYTES: Final = 4 * 2**20
-"""What each arena keeps of what was freed."""
+"""What each arena of a worker keeps of what was freed."""
+ALL_BYTES: Final = 2**31 - 1
+"""For a process of its own, whose next step needs as much again: mapping a graph anew takes a tenth of it."""
 LARGE_BYTES: Final = 1 * 2**20
 """Arrays from this size on are mapped one by one, so that they leave no holes; smaller ones come each day."""
 _ARENAS: Final = 2
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(most: int = KEPT_BYTES) -> None:
     """Let results of a day take what results of the day before have left, whichever thread freed it.
 
     Nannies have their workers give back all that is freed, and with it glibc maps every array above 128 KiB
     anew, which costs models up to half of their speed. On other C libraries nothing is changed.
+
+    Args:
+        most: bytes that each arena keeps.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return
     for name, value in (
         (_MMAP_THRESHOLD, LARGE_BYTES),
-        (_TRIM_THRESHOLD, KEPT_BYTES),
+        (_TRIM_THRESHOLD, most),
         (_ARENA_MAX, _ARENAS),
     ):
         set_option(name, value)

@@ -144,7 +144,9 @@ def _compiled(block: DayBlock) -> DayBlock:
     # its workers would stay, and take the memory of what they import
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = KINDS
-    return torch.compile(block, fullgraph=True, dynamic=False)
+    # modules do not change while a process runs; to look at them would take a tenth of a block's time
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    return torch.compile(block, fullgraph=True, dynamic=False, options=options)
 
 
 def padded(tensor: Tensor, width: int) -> Tensor:

@@ -231,7 +231,7 @@ class H2MV(ProcessModel):
         capacity = functional.softplus(encoding.heads.squeeze(0) + CAPACITY_OFFSET) + 1.0
         n_forcing = len(self.spec.forcing)
         shared = Shared(
-            self.lstm_fc.day_weights(n_forcing, self.state_scale),
+            self.lstm_fc.day_weights(n_forcing, self.state_scale, compiled=self.compiled),
             self.forcing_mean.unsqueeze(1),
             self.forcing_std.unsqueeze(1),
             self.beta_snow.sigmoid(),
@@ -265,8 +265,8 @@ class H2MV(ProcessModel):
         history: list[tuple[Tensor, ...]] = []
         scaled = (forcing - shared.forcing_mean) / shared.forcing_std
         for today, *skies in zip(scaled, *weather, strict=True):
-            memory = FeedbackLSTM.step(cells.constant_gates, today, stores, memory, shared.network)
-            learned = _activate(FeedbackLSTM.heads(memory.hidden, shared.network))
+            heads, memory = FeedbackLSTM.step(cells.constant_gates, today, stores, memory, shared.network)
+            learned = _activate(heads)
             stores, fluxes = cls.physics(
                 stores, Weather(*skies), learned, cells.capacity, cells.baseflow_recession
             )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from h2mv_dist.model import lstm
+
 PRECISIONS: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
     {"float32": None, "bfloat16": torch.bfloat16}
 )
@@ -126,12 +128,14 @@ class DayWeights(NamedTuple):
         feedback: of hidden state and physical states in the gates, [4 hidden, hidden + state].
         heads: of the hidden state in the heads, [head, hidden].
         bias: of the heads, [head, 1].
+        packed: of hidden state, physical states and forcing, for compiled days; None where they cannot be.
     """
 
     daily: Tensor
     feedback: Factor
     heads: Factor
     bias: Tensor
+    packed: lstm.Packed | None
 
 
 class FeedbackLSTM(Network):
@@ -139,7 +143,7 @@ class FeedbackLSTM(Network):
 
     What static features add to the gates is computed once; a day needs one product, of hidden and physical
     states. The few forcing variables are added up one by one, which costs less than a product with so few
-    columns, and nothing at all where a compiler fuses it with what follows.
+    columns. In compiled code on a CPU a day is one operator, :mod:`h2mv_dist.model.lstm`.
     """
 
     def __init__(self, known: int, states: int, hidden: int, heads: int) -> None:
@@ -148,15 +152,18 @@ class FeedbackLSTM(Network):
         self.fc = nn.Linear(hidden, heads)
         self.known = known
 
-    def day_weights(self, n_forcing: int, scale: Tensor) -> DayWeights:
-        """Weights for :meth:`step` and :meth:`heads`; physical states are divided by ``scale``, [state]."""
+    def day_weights(self, n_forcing: int, scale: Tensor, *, compiled: bool = False) -> DayWeights:
+        """Weights for :meth:`step` of compiled days or others; states are divided by ``scale``, [state]."""
         states = self.lstm_cell.weight_ih[:, self.known :] / scale
         feedback = torch.cat([self.lstm_cell.weight_hh, states], dim=1)
+        daily = self.lstm_cell.weight_ih[:, :n_forcing]
+        every = torch.cat([feedback, daily], dim=1)
         return DayWeights(
-            self.lstm_cell.weight_ih[:, :n_forcing],
+            daily,
             self.factor(feedback),
             self.factor(self.fc.weight),
             self.fc.bias.unsqueeze(1),
+            lstm.packed(every, self.fc.weight) if compiled and self.precision is None else None,
         )
 
     def constant_gates(self, n_forcing: int, static: Tensor) -> Tensor:
@@ -168,7 +175,7 @@ class FeedbackLSTM(Network):
     @staticmethod
     def step(
         constant: Tensor, forcing: Tensor, states: Sequence[Tensor], memory: Memory, weights: DayWeights
-    ) -> Memory:
+    ) -> tuple[Tensor, Memory]:
         """Advance one day.
 
         Args:
@@ -177,19 +184,22 @@ class FeedbackLSTM(Network):
             states: yesterday's physical states, each [cell].
             memory: yesterday's memory.
             weights: from :meth:`day_weights`.
+
+        Returns:
+            One row a head [head, cell], and today's memory, which they are made of.
         """
+        if weights.packed is not None:
+            others = torch.stack([*states, *forcing.unbind(0)])
+            heads, *after = lstm.advance(weights.packed, constant, memory.hidden, others, memory.cell)
+            return heads + weights.bias, Memory(*after)
         known = constant
         for weight, values in zip(weights.daily.split(1, dim=1), forcing.unbind(0), strict=True):
             known = known + weight * values
         gates = weights.feedback.times_plus(torch.cat([memory.hidden, torch.stack(list(states))]), known)
         write, keep, candidate, read = gates.chunk(4)
         cell = keep.sigmoid() * memory.cell + write.sigmoid() * tanh(candidate)
-        return Memory(read.sigmoid() * tanh(cell), cell)
-
-    @staticmethod
-    def heads(hidden: Tensor, weights: DayWeights) -> Tensor:
-        """One row a head [head, cell] from today's hidden state [hidden, cell]."""
-        return weights.heads.times_plus(hidden, weights.bias)
+        hidden = read.sigmoid() * tanh(cell)
+        return weights.heads.times_plus(hidden, weights.bias), Memory(hidden, cell)
 
 
 def tanh(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REPOSITORY: Final = Path(__file__).parents[2]
-DATA: Final = {"py.typed", "h2mv_dist.yaml", "io/world/mask.npz", "analysis/report.html.j2"}
+DATA: Final = {"py.typed", "h2mv_dist.yaml", "io/world/mask.npz", "model/lstm.cpp", "analysis/report.html.j2"}
 
 
 def run(*command: str | Path, folder: Path, **environment: str) -> str:

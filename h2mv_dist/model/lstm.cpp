@@ -1,0 +1,389 @@
+// One day of an LSTM, forward and backward; cells are the last axis of all arrays. Called by lstm.py.
+//
+// Products of this size are bound by what moves between registers and caches: a tile of gates and cells is
+// added up in registers, and activated before it leaves them. Each cell gets the same operations in the same
+// order, wherever it lies, whichever day it is, however many threads there are.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+using at::Tensor;
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, PANELS = 2;
+#elif defined(__AVX__)
+constexpr int LANES = 8, PANELS = 1;
+#else
+constexpr int LANES = 4, PANELS = 1;
+#endif
+// rows come in panels of four: a unit's gates, four inputs; a tile is PANELS panels times VECTORS vectors
+constexpr int PANEL = 4, VECTORS = 2, WIDTH = VECTORS * LANES;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+static inline Vector load(const float *from) {
+    Vector values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline void store(float *to, Vector values) { std::memcpy(to, &values, sizeof values); }
+
+// For what is read much later: past the caches, where it would take the place of what is needed before.
+static inline void put_aside(float *to, Vector values) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)values);
+#else
+    store(to, values);
+#endif
+}
+
+// e^x to float32 round-off: x = n ln 2 + rest, a polynomial of the rest (Cephes), times 2^n
+static inline Vector exponential(Vector x) {
+    const Vector low = Vector{} - 87.0f, high = Vector{} + 88.0f, rounder = Vector{} + 12582912.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vector n = (x * 1.44269504f + rounder) - rounder;
+    const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector sum = Vector{} + 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * (rest * rest) + rest + 1.0f;
+    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+    Vector power;
+    std::memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
+
+static inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+static inline Vector tanh(Vector x) { return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f; }
+
+// The left factor of a product: where its next panel, its next column and its next row lie.
+struct Left {
+    const float *at;
+    long panel, column, row;
+};
+
+template <int panels, int vectors>
+using Tile = Vector[panels * PANEL][vectors];
+
+// sums += left * right, whose rows are `step` apart
+template <int panels, int vectors>
+static inline void add_product(Tile<panels, vectors> &sums, Left left, const float *right, long step,
+                               long length) {
+    for (long k = 0; k < length; k++) {
+        Vector values[vectors];
+        for (int v = 0; v < vectors; v++) values[v] = load(right + k * step + v * LANES);
+#pragma GCC unroll 8
+        for (int row = 0; row < panels * PANEL; row++) {
+            const Vector factor =
+                Vector{} + left.at[row / PANEL * left.panel + k * left.column + row % PANEL * left.row];
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sums[row][v] += factor * values[v];
+        }
+    }
+}
+
+// Does panels from `first` up to `stop`, as many at a time as there are registers for.
+template <typename Work>
+static inline void each_panel(long first, long stop, Work work) {
+    for (; first + PANELS <= stop; first += PANELS) work.template operator()<PANELS>(first);
+    for (; first < stop; first++) work.template operator()<1>(first);
+}
+
+// Does the columns of a tile, which may be the last and have one vector only.
+template <typename Work>
+static inline void each_vector(long left, Work work) {
+    if (left >= WIDTH)
+        work.template operator()<VECTORS>();
+    else
+        work.template operator()<1>();
+}
+
+static inline long padded(long columns) { return (columns + LANES - 1) / LANES * LANES; }
+
+// Rows of a tile's cells one behind the other: far apart they would take each other's places in the cache.
+static float *gathered(const float *rows, long count, long cells, long at, long width, float *to) {
+    for (long row = 0; row < count; row++, to += WIDTH) std::memcpy(to, rows + row * cells + at, 4 * width);
+    return to;
+}
+
+// The same with cells as rows, `step` apart.
+static void transposed(const float *rows, long count, long cells, long at, long width, float *to, long step) {
+    for (long row = 0; row < count; row++)
+        for (long cell = at; cell < at + width; cell++) to[cell * step + row] = rows[row * cells + cell];
+}
+
+struct Sizes {
+    long hidden, others, heads, cells;
+    long inputs() const { return hidden + others; }
+    long gate() const { return hidden * cells; }
+    // where the gates of a unit are remembered, for a vector of cells: in the order in which they are needed
+    long remembered(long unit, long at) const { return (at * hidden + unit * LANES) * PANEL; }
+};
+
+struct Forward {
+    Sizes size;
+    const float *weights;        // [unit, input, gate]
+    const float *heads_weights;  // [panel of heads, unit, head of the panel]
+    const float *constant;       // [gate, unit, cell]
+    const float *hidden, *others, *cell;
+    float *heads, *next_hidden, *next_cell, *gates;  // gates as remembered, or null
+};
+
+// Not inlined: the compiler contracts products and sums the same way for tiles of all sizes.
+static __attribute__((noinline)) void activate(const Forward &day, long unit, long at, float *tile,
+                                               Vector write, Vector keep, Vector candidate, Vector read) {
+    const long here = unit * day.size.cells + at;
+    write = sigmoid(write), keep = sigmoid(keep), candidate = tanh(candidate), read = sigmoid(read);
+    const Vector cell = keep * load(day.cell + here) + write * candidate, hidden = read * tanh(cell);
+    store(day.next_cell + here, cell);
+    store(day.next_hidden + here, hidden);
+    store(tile, hidden);
+    if (!day.gates) return;
+    float *gates = day.gates + day.size.remembered(unit, at);
+    put_aside(gates, write);
+    put_aside(gates + LANES, keep);
+    put_aside(gates + 2 * LANES, candidate);
+    put_aside(gates + 3 * LANES, read);
+}
+
+template <int vectors>
+static void forward_tile(const Forward &day, long at, float *inputs, float *hidden) {
+    const Sizes &size = day.size;
+    float *others = gathered(day.hidden, size.hidden, size.cells, at, vectors * LANES, inputs);
+    gathered(day.others, size.others, size.cells, at, vectors * LANES, others);
+    each_panel(0, size.hidden, [&]<int panels>(long unit) {
+        Tile<panels, vectors> sums;
+        for (int row = 0; row < panels * PANEL; row++)
+            for (int v = 0; v < vectors; v++)
+                sums[row][v] = load(day.constant + row % PANEL * size.gate() +
+                                    (unit + row / PANEL) * size.cells + at + v * LANES);
+        const Left weights{day.weights + unit * PANEL * size.inputs(), PANEL * size.inputs(), PANEL, 1};
+        add_product<panels, vectors>(sums, weights, inputs, WIDTH, size.inputs());
+        for (int u = 0; u < panels; u++)
+            for (int v = 0; v < vectors; v++)
+                activate(day, unit + u, at + v * LANES, hidden + (unit + u) * WIDTH + v * LANES,
+                         sums[PANEL * u][v], sums[PANEL * u + 1][v], sums[PANEL * u + 2][v],
+                         sums[PANEL * u + 3][v]);
+    });
+    each_panel(0, size.heads / PANEL, [&]<int panels>(long panel) {
+        Tile<panels, vectors> sums = {};
+        const Left weights{day.heads_weights + panel * PANEL * size.hidden, PANEL * size.hidden, PANEL, 1};
+        add_product<panels, vectors>(sums, weights, hidden, WIDTH, size.hidden);
+        for (int row = 0; row < panels * PANEL; row++)
+            for (int v = 0; v < vectors; v++)
+                store(day.heads + (panel * PANEL + row) * size.cells + at + v * LANES, sums[row][v]);
+    });
+}
+
+struct Backward {
+    Sizes size;
+    const float *weights;  // [panel of inputs, gate and unit, input of the panel], the last panel filled up
+    const float *heads_weights;  // [panel of units, head, unit of the panel]
+    const float *gates, *cell, *next_cell, *hidden, *others, *next_hidden;
+    const float *heads_slope, *next_hidden_slope, *next_cell_slope;
+    float *weights_slope;        // [gate and unit, input]
+    float *heads_weights_slope;  // [unit, head]
+    float *constant_slope;       // [gate, unit, cell]
+    float *hidden_slope, *others_slope, *cell_slope;
+    float *inputs_of, *heads_of;  // inputs and slopes of heads with cells as rows, filled up to whole vectors
+};
+
+// Slopes of the gates of a unit before their activation, for a vector of cells; also to the tile.
+static __attribute__((noinline)) void activate_back(const Backward &day, long unit, long at,
+                                                    Vector hidden_slope, float *tile) {
+    const long here = unit * day.size.cells + at;
+    const float *gates = day.gates + day.size.remembered(unit, at);
+    const Vector write = load(gates), keep = load(gates + LANES), candidate = load(gates + 2 * LANES),
+                 read = load(gates + 3 * LANES), shown = tanh(load(day.next_cell + here));
+    const Vector slope = load(day.next_cell_slope + here) + hidden_slope * read * (1.0f - shown * shown);
+    const Vector slopes[PANEL] = {
+        slope * candidate * write * (1.0f - write), slope * load(day.cell + here) * keep * (1.0f - keep),
+        slope * write * (1.0f - candidate * candidate), hidden_slope * shown * read * (1.0f - read)};
+    store(day.cell_slope + here, slope * keep);
+    for (int g = 0; g < PANEL; g++) {
+        store(day.constant_slope + g * day.size.gate() + here, slopes[g]);
+        store(tile + g * day.size.hidden * WIDTH, slopes[g]);
+    }
+}
+
+// Slopes of gates, cell, hidden state and other inputs, for some cells.
+template <int vectors>
+static void backward_tile(const Backward &day, long at, float *heads, float *gates) {
+    const Sizes &size = day.size;
+    const long width = vectors * LANES, rows = PANEL * size.hidden;
+    gathered(day.heads_slope, size.heads, size.cells, at, width, heads);
+    each_panel(0, size.hidden / PANEL, [&]<int panels>(long panel) {
+        Tile<panels, vectors> sums = {};
+        const Left weights{day.heads_weights + panel * PANEL * size.heads, PANEL * size.heads, PANEL, 1};
+        add_product<panels, vectors>(sums, weights, heads, WIDTH, size.heads);
+        for (int row = 0; row < panels * PANEL; row++)
+            for (int v = 0; v < vectors; v++) {
+                const long unit = panel * PANEL + row, from = at + v * LANES;
+                const Vector slope = sums[row][v] + load(day.next_hidden_slope + unit * size.cells + from);
+                activate_back(day, unit, from, slope, gates + unit * WIDTH + v * LANES);
+            }
+    });
+    each_panel(0, (size.inputs() + PANEL - 1) / PANEL, [&]<int panels>(long panel) {
+        Tile<panels, vectors> sums = {};
+        const Left weights{day.weights + panel * PANEL * rows, PANEL * rows, PANEL, 1};
+        add_product<panels, vectors>(sums, weights, gates, WIDTH, rows);
+        for (long row = 0; row < std::min<long>(panels * PANEL, size.inputs() - panel * PANEL); row++) {
+            const long input = panel * PANEL + row;
+            float *to = input < size.hidden ? day.hidden_slope + input * size.cells
+                                            : day.others_slope + (input - size.hidden) * size.cells;
+            for (int v = 0; v < vectors; v++) store(to + at + v * LANES, sums[row][v]);
+        }
+    });
+    const long step = padded(size.inputs());
+    transposed(day.hidden, size.hidden, size.cells, at, width, day.inputs_of, step);
+    transposed(day.others, size.others, size.cells, at, width, day.inputs_of + size.hidden, step);
+    transposed(day.heads_slope, size.heads, size.cells, at, width, day.heads_of, padded(size.heads));
+}
+
+// to[row, column] = sum over cells of left[row, cell] * right[cell, column], for some panels of rows
+static void sum_over_cells(const float *left, const float *right, float *to, long columns, long cells,
+                           long first, long stop) {
+    const long step = padded(columns);
+    for (long column = 0; column < step; column += WIDTH)
+        each_vector(step - column, [&]<int vectors>() {
+            each_panel(first, stop, [&]<int panels>(long panel) {
+                Tile<panels, vectors> sums = {};
+                const Left factor{left + panel * PANEL * cells, PANEL * cells, 1, cells};
+                add_product<panels, vectors>(sums, factor, right + column, step, cells);
+                const long width = std::min<long>(vectors * LANES, columns - column);
+                for (long row = 0; row < panels * PANEL; row++)
+                    std::memcpy(to + (panel * PANEL + row) * columns + column, sums[row], 4 * width);
+            });
+        });
+}
+
+static float *memory(const Tensor &tensor) { return tensor.data_ptr<float>(); }
+
+// Tensors whose rows lie one behind the other, copied where they did not.
+class Whole {
+   public:
+    explicit Whole(std::vector<Tensor> given) : tensors(std::move(given)) {
+        for (Tensor &tensor : tensors) tensor = tensor.contiguous();
+    }
+    const float *operator[](size_t which) const { return memory(tensors[which]); }
+
+   private:
+    std::vector<Tensor> tensors;
+};
+
+static void require_whole_vectors(int64_t cells) {
+    TORCH_CHECK_VALUE(cells % 16 == 0, cells, " cells, which is no multiple of 16: fill them up");
+}
+
+// All tensors [row, cell] unless said otherwise above; heads are filled up to whole panels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor &weights, const Tensor &heads_weights,
+                                                        const Tensor &constant, const Tensor &hidden,
+                                                        const Tensor &others, const Tensor &cell,
+                                                        bool remember) {
+    const Sizes size{hidden.size(0), others.size(0), heads_weights.size(0) * PANEL, hidden.size(1)};
+    require_whole_vectors(size.cells);
+    const Whole from({weights, heads_weights, constant, hidden, others, cell});
+    const Tensor heads = at::empty({size.heads, size.cells}, hidden.options()),
+                 next_hidden = at::empty(hidden.sizes(), hidden.options()),
+                 next_cell = at::empty(cell.sizes(), cell.options()),
+                 gates = remember ? at::empty(constant.sizes(), constant.options())
+                                  : at::empty({0}, constant.options());
+    const Forward day{.size = size,
+                      .weights = from[0],
+                      .heads_weights = from[1],
+                      .constant = from[2],
+                      .hidden = from[3],
+                      .others = from[4],
+                      .cell = from[5],
+                      .heads = memory(heads),
+                      .next_hidden = memory(next_hidden),
+                      .next_cell = memory(next_cell),
+                      .gates = remember ? memory(gates) : nullptr};
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        std::vector<float> inputs(size.inputs() * WIDTH), shown(size.hidden * WIDTH);
+#pragma omp for schedule(static)
+        for (long at = 0; at < size.cells; at += WIDTH)
+            each_vector(size.cells - at,
+                        [&]<int vectors>() { forward_tile<vectors>(day, at, inputs.data(), shown.data()); });
+    }
+    return {heads, next_hidden, next_cell, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    const Tensor &weights, const Tensor &heads_weights, const Tensor &gates, const Tensor &cell,
+    const Tensor &next_cell, const Tensor &hidden, const Tensor &others, const Tensor &next_hidden,
+    const Tensor &heads_slope, const Tensor &next_hidden_slope, const Tensor &next_cell_slope) {
+    const Sizes size{hidden.size(0), others.size(0), heads_slope.size(0), hidden.size(1)};
+    require_whole_vectors(size.cells);
+    const Whole from({weights, heads_weights, gates, cell, next_cell, hidden, others, next_hidden,
+                      heads_slope, next_hidden_slope, next_cell_slope});
+    const auto like = [&](const Tensor &tensor) { return at::empty(tensor.sizes(), tensor.options()); };
+    const Tensor weights_slope = at::empty({gates.size(0), size.inputs()}, gates.options()),
+                 heads_weights_slope = at::empty({size.hidden, size.heads}, gates.options()),
+                 constant_slope = like(gates), hidden_slope = like(hidden), others_slope = like(others),
+                 cell_slope = like(cell);
+    std::vector<float> inputs_of(size.cells * padded(size.inputs())),
+        heads_of(size.cells * padded(size.heads));
+    const Backward day{.size = size,
+                       .weights = from[0],
+                       .heads_weights = from[1],
+                       .gates = from[2],
+                       .cell = from[3],
+                       .next_cell = from[4],
+                       .hidden = from[5],
+                       .others = from[6],
+                       .next_hidden = from[7],
+                       .heads_slope = from[8],
+                       .next_hidden_slope = from[9],
+                       .next_cell_slope = from[10],
+                       .weights_slope = memory(weights_slope),
+                       .heads_weights_slope = memory(heads_weights_slope),
+                       .constant_slope = memory(constant_slope),
+                       .hidden_slope = memory(hidden_slope),
+                       .others_slope = memory(others_slope),
+                       .cell_slope = memory(cell_slope),
+                       .inputs_of = inputs_of.data(),
+                       .heads_of = heads_of.data()};
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+        std::vector<float> heads(size.heads * WIDTH), slopes(PANEL * size.hidden * WIDTH);
+#pragma omp for schedule(static)
+        for (long at = 0; at < size.cells; at += WIDTH)
+            each_vector(size.cells - at,
+                        [&]<int vectors>() { backward_tile<vectors>(day, at, heads.data(), slopes.data()); });
+        // a tile's panels at a time
+#pragma omp for schedule(static) nowait
+        for (long panel = 0; panel < size.hidden; panel += PANELS)
+            sum_over_cells(day.constant_slope, day.inputs_of, day.weights_slope, size.inputs(), size.cells,
+                           panel, std::min<long>(panel + PANELS, size.hidden));
+#pragma omp for schedule(static)
+        for (long panel = 0; panel < size.hidden / PANEL; panel += PANELS)
+            sum_over_cells(day.next_hidden, day.heads_of, day.heads_weights_slope, size.heads, size.cells,
+                           panel, std::min<long>(panel + PANELS, size.hidden / PANEL));
+    }
+    return {weights_slope, heads_weights_slope, constant_slope, hidden_slope, others_slope, cell_slope};
+}
+
+TORCH_LIBRARY_IMPL(h2mv_dist, CPU, operators) {
+    operators.impl("lstm_forward", &lstm_forward);
+    operators.impl("lstm_backward", &lstm_backward);
+}
