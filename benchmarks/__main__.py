@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import Final
 
-from benchmarks import day_loop, ensemble, job_start, memory, object_store, scaling, staging, stores
+from benchmarks import day_loop, ensemble, job_start, memory, object_store, scaling, staging, stores, workers
 
 SHORT: Final[dict[str, Callable[[], None]]] = {
     "day_loop": day_loop.main,
@@ -15,6 +15,7 @@ SHORT: Final[dict[str, Callable[[], None]]] = {
     "scaling": scaling.main,
     "staging": staging.main,
     "job_start": job_start.main,
+    "workers": workers.main,
 }
 LONG: Final = ("io", "memory", "stores")
 

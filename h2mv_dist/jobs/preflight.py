@@ -230,7 +230,7 @@ def code_fingerprint() -> str:
     """SHA-256 over the package's own source files."""
     root = Path(h2mv_dist.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in {".py", ".cpp"}):
         digest.update(canonical_json([path.relative_to(root).as_posix()]).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
