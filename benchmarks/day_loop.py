@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from benchmarks import frozen
-from h2mv_dist.jobs.memory import ALL_BYTES, keep_freed_memory
+from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.days import no_compiler_because
 from h2mv_dist.model.h2mv import H2MV
@@ -33,7 +33,7 @@ Work = Callable[[], object]
 def main() -> None:
     """Print a table for one process with all threads, then how cost grows with cells and days."""
     # as ranks do
-    keep_freed_memory(ALL_BYTES)
+    keep_freed_memory(RANK_BYTES)
     model, batch = sample_model(), sample_batch(CELLS, DAYS)
     compiled = sample_model(compiled=not no_compiler_because(), width=CELLS)
     seconds = time.perf_counter()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.day_loop import CELLS, DAYS, KEPT, PASSES, infer, products, sample_batch, sample_model, sum_of
-from h2mv_dist.jobs.memory import ALL_BYTES, keep_freed_memory
+from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
 from h2mv_dist.model.days import no_compiler_because
 from h2mv_dist.model.rollout import spin_up, warm_up
 
@@ -102,7 +102,7 @@ class _Team:
 
 
 def _work(way: Way, rank: int, meeting: Path, pipe: Connection) -> None:
-    keep_freed_memory(ALL_BYTES)
+    keep_freed_memory(RANK_BYTES)
     torch.set_num_threads(way.threads)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(meeting), way.processes), rank=rank, world_size=way.processes

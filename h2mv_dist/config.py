@@ -253,7 +253,7 @@ class ModelSettings(_Settings):
     name: str = "h2mv"
     """Model, as registered."""
     hidden: int = Field(100, ge=1)
-    """Size of the LSTM's state."""
+    """Size of the LSTM's state; compiled days are fastest if it is a multiple of 4."""
     encoder: int = Field(150, ge=1)
     """Width of the network that condenses the static features."""
     condensed: int = Field(12, ge=1)
@@ -309,7 +309,7 @@ class TrainingSettings(_Settings):
     C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
     on CPUs with a compiler where that is worth the minute."""
     recompute: bool | None = None
-    """Compute each block of days once more when going backward, instead of remembering it: a fourteenth of
+    """Compute each block of days once more when going backward, instead of remembering it: a tenth of
     the memory, a quarter more time. Where memory would not suffice otherwise if left out."""
     attempts: int = Field(3, ge=1)
     """How often a fold may fail, without an epoch in between, before it counts as failed."""

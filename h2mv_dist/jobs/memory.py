@@ -10,8 +10,8 @@ _ARENA_MAX: Final = -8
 
 KEPT_BYTES: Final = 4 * 2**20
 """What each arena of a worker keeps of what was freed."""
-ALL_BYTES: Final = 2**31 - 1
-"""For a process of its own, whose next step needs as much again: mapping a graph anew takes a tenth of it."""
+RANK_BYTES: Final = 2**31 - 1
+"""What a rank's keep: its next step needs as much again, and mapping a graph anew takes a tenth of it."""
 LARGE_BYTES: Final = 1 * 2**20
 """Arrays from this size on are mapped one by one, so that they leave no holes; smaller ones come each day."""
 _ARENAS: Final = 2
@@ -34,3 +34,9 @@ def keep_freed_memory(most: int = KEPT_BYTES) -> None:
         (_ARENA_MAX, _ARENAS),
     ):
         set_option(name, value)
+
+
+def give_back_freed_memory() -> None:
+    """Give back what was kept, before something else needs the room."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

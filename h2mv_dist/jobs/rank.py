@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from h2mv_dist.errors import H2mvError, JobError, describe
-from h2mv_dist.jobs.memory import ALL_BYTES, keep_freed_memory
+from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Run the rank; leaves without interpreter shutdown, which could wait for communication threads."""
     leave = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leave.set())
-    keep_freed_memory(ALL_BYTES)
+    keep_freed_memory(RANK_BYTES)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_exit_when_orphaned, daemon=True).start()
     emit = _emitter(int(sys.argv[1]))

@@ -32,6 +32,7 @@ from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.code_path import COMPILED
 from h2mv_dist.jobs.decisions import Begun, Way, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
+from h2mv_dist.jobs.memory import give_back_freed_memory
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
 from h2mv_dist.jobs.probe import cell_days_a_second
@@ -458,6 +459,7 @@ class FoldRun:
 
     def _validate(self) -> Tensor | None:
         """Statistics of all validation cells, [term, 2]; None if a rank was asked to leave before the end."""
+        give_back_freed_memory()
         cells = self.fold.cells("validation")
         total = torch.zeros(len(self.loss.terms), 2, device=self.ranks.device)
         for first in range(0, len(cells), self.training.batch_size):

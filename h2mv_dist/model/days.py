@@ -9,6 +9,7 @@ and found again on disk by the next one.
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -54,13 +55,28 @@ DayBlock = Callable[[Prepared, Tensor, State, tuple[str, ...]], tuple[tuple[Tens
 each [day, cell], state after the last day). A pure function; compiled, its loop over days is unrolled."""
 
 
+def compiler() -> str:
+    """The C++ compiler that torch uses, too."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def no_compiler_because() -> str:
     """Why blocks cannot be compiled here, as far as can be seen without trying; empty if they can."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler: {compiler} is not in PATH"
+    path = shutil.which(compiler())
+    if path is None:
+        return f"no C++ compiler: {compiler()} is not in PATH"
+    if not _knows_language(path):
+        return f"{path} does not know C++20, as g++ does from version 10 on"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return "" if header.exists() else f"Python's headers are not installed: there is no {header}"
+
+
+@cache
+def _knows_language(path: str) -> bool:
+    checked = subprocess.run(
+        [path, "-std=c++20", "-x", "c++", "-fsyntax-only", os.devnull], check=False, capture_output=True
+    )
+    return checked.returncode == 0
 
 
 def run_days(
@@ -114,7 +130,8 @@ class CompiledBlock:
     """A block of days as compiled code; called like the block it was made of.
 
     Without gradients the number of cells is left open. With gradients, where that would cost a tenth of the
-    speed, it is fixed: whoever trains gives all batches the same width.
+    speed, it is fixed: whoever trains gives all batches the same width. What a law reads from its module is
+    read once a process.
     """
 
     def __init__(self, block: DayBlock) -> None:
@@ -141,9 +158,13 @@ def _alone(tensor: Tensor) -> Tensor:
 @cache
 def _compiled(block: DayBlock) -> DayBlock:
     """One compiled function a block and process."""
+    import torch._functorch.config
+
     # its workers would stay, and take the memory of what they import
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = KINDS
+    # else what has an operator of ours is traced anew by every process
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # modules do not change while a process runs; to look at them would take a tenth of a block's time
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
     return torch.compile(block, fullgraph=True, dynamic=False, options=options)

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -124,11 +125,16 @@ static float *gathered(const float *rows, long count, long cells, long at, long 
     return to;
 }
 
-// The same with cells as rows, `step` apart.
-static void transposed(const float *rows, long count, long cells, long at, long width, float *to, long step) {
+// The same with cells as rows, `step` apart; `filled` zeros behind each.
+static void transposed(const float *rows, long count, long cells, long at, long width, float *to, long step,
+                       long filled) {
     for (long row = 0; row < count; row++)
         for (long cell = at; cell < at + width; cell++) to[cell * step + row] = rows[row * cells + cell];
+    for (long cell = at; cell < at + width; cell++) std::fill_n(to + cell * step + count, filled, 0.0f);
 }
+
+// Memory for what is written before it is read.
+static std::unique_ptr<float[]> scratch(long size) { return std::unique_ptr<float[]>(new float[size]); }
 
 struct Sizes {
     long hidden, others, heads, cells;
@@ -252,10 +258,12 @@ static void backward_tile(const Backward &day, long at, float *heads, float *gat
             for (int v = 0; v < vectors; v++) store(to + at + v * LANES, sums[row][v]);
         }
     });
-    const long step = padded(size.inputs());
-    transposed(day.hidden, size.hidden, size.cells, at, width, day.inputs_of, step);
-    transposed(day.others, size.others, size.cells, at, width, day.inputs_of + size.hidden, step);
-    transposed(day.heads_slope, size.heads, size.cells, at, width, day.heads_of, padded(size.heads));
+    const long step = padded(size.inputs()), heads_step = padded(size.heads);
+    transposed(day.hidden, size.hidden, size.cells, at, width, day.inputs_of, step, 0);
+    transposed(day.others, size.others, size.cells, at, width, day.inputs_of + size.hidden, step,
+               step - size.inputs());
+    transposed(day.heads_slope, size.heads, size.cells, at, width, day.heads_of, heads_step,
+               heads_step - size.heads);
 }
 
 // to[row, column] = sum over cells of left[row, cell] * right[cell, column], for some panels of rows
@@ -289,8 +297,14 @@ class Whole {
     std::vector<Tensor> tensors;
 };
 
-static void require_whole_vectors(int64_t cells) {
-    TORCH_CHECK_VALUE(cells % 16 == 0, cells, " cells, which is no multiple of 16: fill them up");
+static void require_shape(const char *name, const Tensor &tensor, at::IntArrayRef expected) {
+    TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " have shape ", tensor.sizes(), ", expected ",
+                      expected, ": the inputs of a day do not fit its weights");
+}
+
+static void require_sizes(const Sizes &size) {
+    TORCH_CHECK_VALUE(size.cells % 16 == 0, size.cells, " cells, which is no multiple of 16: fill them up");
+    TORCH_CHECK_VALUE(size.hidden % PANEL == 0, size.hidden, " hidden units, which is no multiple of 4");
 }
 
 // All tensors [row, cell] unless said otherwise above; heads are filled up to whole panels.
@@ -299,7 +313,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor &weights, c
                                                         const Tensor &others, const Tensor &cell,
                                                         bool remember) {
     const Sizes size{hidden.size(0), others.size(0), heads_weights.size(0) * PANEL, hidden.size(1)};
-    require_whole_vectors(size.cells);
+    require_sizes(size);
+    require_shape("weights", weights, {size.hidden, size.inputs(), PANEL});
+    require_shape("weights of heads", heads_weights, {size.heads / PANEL, size.hidden, PANEL});
+    require_shape("constant gates", constant, {PANEL * size.hidden, size.cells});
+    require_shape("other inputs", others, {size.others, size.cells});
+    require_shape("cell states", cell, {size.hidden, size.cells});
     const Whole from({weights, heads_weights, constant, hidden, others, cell});
     const Tensor heads = at::empty({size.heads, size.cells}, hidden.options()),
                  next_hidden = at::empty(hidden.sizes(), hidden.options()),
@@ -319,11 +338,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor &weights, c
                       .gates = remember ? memory(gates) : nullptr};
 #pragma omp parallel num_threads(at::get_num_threads())
     {
-        std::vector<float> inputs(size.inputs() * WIDTH), shown(size.hidden * WIDTH);
+        const auto inputs = scratch(size.inputs() * WIDTH), shown = scratch(size.hidden * WIDTH);
 #pragma omp for schedule(static)
         for (long at = 0; at < size.cells; at += WIDTH)
             each_vector(size.cells - at,
-                        [&]<int vectors>() { forward_tile<vectors>(day, at, inputs.data(), shown.data()); });
+                        [&]<int vectors>() { forward_tile<vectors>(day, at, inputs.get(), shown.get()); });
     }
     return {heads, next_hidden, next_cell, gates};
 }
@@ -333,7 +352,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const Tensor &next_cell, const Tensor &hidden, const Tensor &others, const Tensor &next_hidden,
     const Tensor &heads_slope, const Tensor &next_hidden_slope, const Tensor &next_cell_slope) {
     const Sizes size{hidden.size(0), others.size(0), heads_slope.size(0), hidden.size(1)};
-    require_whole_vectors(size.cells);
+    require_sizes(size);
+    require_shape("weights", weights, {(size.inputs() + PANEL - 1) / PANEL, PANEL * size.hidden, PANEL});
+    require_shape("weights of heads", heads_weights, {size.hidden / PANEL, size.heads, PANEL});
+    require_shape("gates", gates, {PANEL * size.hidden, size.cells});
+    require_shape("other inputs", others, {size.others, size.cells});
+    require_shape("slopes of heads", heads_slope, {size.heads, size.cells});
+    for (const Tensor *tensor : {&cell, &next_cell, &next_hidden, &next_hidden_slope, &next_cell_slope})
+        require_shape("states and their slopes", *tensor, {size.hidden, size.cells});
     const Whole from({weights, heads_weights, gates, cell, next_cell, hidden, others, next_hidden,
                       heads_slope, next_hidden_slope, next_cell_slope});
     const auto like = [&](const Tensor &tensor) { return at::empty(tensor.sizes(), tensor.options()); };
@@ -341,8 +367,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
                  heads_weights_slope = at::empty({size.hidden, size.heads}, gates.options()),
                  constant_slope = like(gates), hidden_slope = like(hidden), others_slope = like(others),
                  cell_slope = like(cell);
-    std::vector<float> inputs_of(size.cells * padded(size.inputs())),
-        heads_of(size.cells * padded(size.heads));
+    const auto inputs_of = scratch(size.cells * padded(size.inputs())),
+               heads_of = scratch(size.cells * padded(size.heads));
     const Backward day{.size = size,
                        .weights = from[0],
                        .heads_weights = from[1],
@@ -361,15 +387,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
                        .hidden_slope = memory(hidden_slope),
                        .others_slope = memory(others_slope),
                        .cell_slope = memory(cell_slope),
-                       .inputs_of = inputs_of.data(),
-                       .heads_of = heads_of.data()};
+                       .inputs_of = inputs_of.get(),
+                       .heads_of = heads_of.get()};
 #pragma omp parallel num_threads(at::get_num_threads())
     {
-        std::vector<float> heads(size.heads * WIDTH), slopes(PANEL * size.hidden * WIDTH);
+        const auto heads = scratch(size.heads * WIDTH), slopes = scratch(PANEL * size.hidden * WIDTH);
 #pragma omp for schedule(static)
         for (long at = 0; at < size.cells; at += WIDTH)
             each_vector(size.cells - at,
-                        [&]<int vectors>() { backward_tile<vectors>(day, at, heads.data(), slopes.data()); });
+                        [&]<int vectors>() { backward_tile<vectors>(day, at, heads.get(), slopes.get()); });
         // a tile's panels at a time
 #pragma omp for schedule(static) nowait
         for (long panel = 0; panel < size.hidden; panel += PANELS)

@@ -7,7 +7,6 @@ once a machine, by the compiler that ``torch.compile`` needs too, and lies besid
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from h2mv_dist.model.days import compiler
+
 SOURCE: Final = Path(__file__).with_suffix(".cpp")
-LANES: Final = 16
-"""The number of cells must be a multiple of it."""
 PANEL: Final = 4
 """Rows of a product that lie side by side in packed weights: the gates of a unit, or so many inputs."""
 OPTIONS: Final = ("-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
@@ -59,6 +58,8 @@ class Packed(NamedTuple):
 def packed(weights: Tensor, heads: Tensor) -> Packed | None:
     """Weights as the operator reads them; None if it is not made for them, or cannot be made here.
 
+    It is made for float32 on a CPU, and hidden sizes that are a multiple of ``PANEL``.
+
     Args:
         weights: [4 hidden, input].
         heads: [head, hidden].
@@ -82,7 +83,7 @@ def _in_panels(matrix: Tensor) -> Tensor:
 def advance(
     packed: Packed, constant: Tensor, hidden: Tensor, others: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advance by a day; all arrays float32, on a CPU, their number of cells a multiple of ``LANES``.
+    """Advance by a day; all arrays float32, on a CPU, their number of cells a multiple of ``days.LANES``.
 
     Args:
         packed: weights.
@@ -147,6 +148,9 @@ def _forward_results(
     cell: Tensor,
     remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # here, too, so that a model's mistake shows when it is compiled
+    inputs = hidden.shape[0] + others.shape[0]
+    torch._check(weights.shape[1] == inputs, lambda: f"{inputs} inputs, weights of {weights.shape[1]}")
     heads = hidden.new_empty(heads_weights.shape[0] * PANEL, hidden.shape[1])
     gates = constant.new_empty(constant.shape if remember else 0)
     return heads, hidden.new_empty(hidden.shape), cell.new_empty(cell.shape), gates
@@ -180,23 +184,39 @@ torch.library.register_fake("h2mv_dist::lstm_backward", _backward_results, lib=_
 def _obstacle() -> str:
     """Why there is no code for the operator, which is loaded once; empty if there is."""
     try:
-        torch.ops.load_library(_code())
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error)
-        _log.warning("compiled days take twice as long: lstm.cpp cannot be compiled: %s", reason)
+        _load()
+    except OSError as error:
+        # torch's own does not say why
+        reason = str(error.__cause__ or error)
+        _log.warning("compiled days take twice as long, without the operator of lstm.cpp: %s", reason)
         return reason
     return ""
 
 
-def _code() -> Path:
-    """The operator's code for this processor, compiled if it is not there yet."""
+def _load() -> None:
+    """Have torch know the operator's code for this processor, compiled if it is not there, or of no use.
+
+    Raises:
+        OSError: it cannot be compiled, or loaded.
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    command = _command()
+    content = repr((command, torch.__version__)).encode() + SOURCE.read_bytes()
+    code = Path(cache_dir()) / "h2mv_dist" / f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
+    try:
+        torch.ops.load_library(code)
+    except OSError:
+        _compile(command, code)
+        torch.ops.load_library(code)
+
+
+def _command() -> tuple[str, ...]:
     package = Path(torch.__file__).parent
     # Apple's compiler knows no OpenMP: one thread then
     threads = () if sys.platform == "darwin" else ("-fopenmp",)
-    command = (
-        os.environ.get("CXX", "g++"),
+    return (
+        compiler(),
         *OPTIONS,
         *threads,
         *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()),
@@ -205,16 +225,13 @@ def _code() -> Path:
         str(SOURCE),
         *(f"-L{package}/lib", "-ltorch_cpu", "-lc10"),
     )
-    content = repr((command, torch.__version__)).encode() + SOURCE.read_bytes()
-    code = Path(cache_dir()) / "h2mv_dist" / f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
-    if not code.exists():
-        _compile(command, code)
-    return code
 
 
 def _compile(command: tuple[str, ...], code: Path) -> None:
     code.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=code.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=code.parent, ignore_cleanup_errors=True) as folder:
         made = Path(folder) / code.name
-        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
+        run = subprocess.run([*command, "-o", str(made)], check=False, capture_output=True, text=True)
+        if run.returncode:
+            raise OSError(f"{command[0]} failed with status {run.returncode} {run.stderr.strip()[-500:]}")
         made.replace(code)

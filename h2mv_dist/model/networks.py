@@ -152,7 +152,7 @@ class FeedbackLSTM(Network):
         self.fc = nn.Linear(hidden, heads)
         self.known = known
 
-    def day_weights(self, n_forcing: int, scale: Tensor, *, compiled: bool = False) -> DayWeights:
+    def day_weights(self, n_forcing: int, scale: Tensor, *, compiled: bool) -> DayWeights:
         """Weights for :meth:`step` of compiled days or others; states are divided by ``scale``, [state]."""
         states = self.lstm_cell.weight_ih[:, self.known :] / scale
         feedback = torch.cat([self.lstm_cell.weight_hh, states], dim=1)

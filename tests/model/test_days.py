@@ -162,6 +162,9 @@ def test_a_machine_without_a_compiler_is_recognised(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in no_compiler_because()
     monkeypatch.undo()
+    monkeypatch.setenv("CXX", "false")
+    assert "does not know C++20" in no_compiler_because()
+    monkeypatch.undo()
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     assert "headers are not installed" in no_compiler_because()
 

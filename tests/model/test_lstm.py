@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,48 @@ def test_the_operator_is_what_it_says_to_compilers() -> None:
             (packed.forward, packed.heads_forward, *rest, remember),
             test_utils=checks,
         )
+    constant, hidden, others, cell = rest
+    tensors = (constant, cell, cell, hidden, others, hidden, torch.ones(5, 32), hidden, cell)
+    torch.library.opcheck(
+        torch.ops.h2mv_dist.lstm_backward.default,
+        (packed.backward, packed.heads_backward, *tensors),
+        test_utils=checks,
+    )
+
+
+def test_what_is_no_number_stays_in_its_cell_on_the_way_back() -> None:
+    given = arrays(8, 3, 5, 32)
+    found = by_operator(given)
+    clean = slopes(found, given)[2:]
+    disturbed = [*given[:3], given[3].detach().clone().requires_grad_(), *given[4:]]
+    with torch.no_grad():
+        disturbed[3][0, 7] = torch.nan
+    others = torch.arange(32) != 7
+    for a, b in zip(slopes(by_operator(disturbed), disturbed)[2:], clean, strict=True):
+        assert torch.equal(a[:, others], b[:, others])
+        assert a[:, 7].isnan().any()
+
+
+def test_inputs_that_do_not_fit_the_weights_are_refused() -> None:
+    weights, heads, constant, hidden, others, cell = (tensor.detach() for tensor in arrays(8, 3, 5, 32))
+    packed = lstm.packed(weights, heads)
+    assert packed is not None
+    with pytest.raises(ValueError, match=r"weights have shape \[8, 11, 4\], expected \[8, 12, 4\]"):
+        lstm.advance(packed, constant, hidden, torch.cat([others, others[:1]]), cell)
+    with pytest.raises(ValueError, match="cell states have shape"):
+        lstm.advance(packed, constant, hidden, others, cell[:, :16])
+
+
+@pytest.mark.slow
+def test_code_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
+    load = [sys.executable, "-c", "from h2mv_dist.model import lstm; lstm._load()"]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run(load, env=environment, check=True)
+    (code,) = tmp_path.rglob("*.so")
+    size = code.stat().st_size
+    code.write_bytes(code.read_bytes()[: size // 2])
+    subprocess.run(load, env=environment, check=True)
+    assert code.stat().st_size == size
 
 
 def test_cells_that_fill_no_vector_are_refused() -> None:
@@ -137,7 +180,7 @@ def test_without_a_compiler_that_can_there_is_a_warning_and_no_operator(
     lstm._obstacle.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert lstm.packed(*arrays(8, 1, 1, 16)[:2]) is None
-    assert "lstm.cpp cannot be compiled" in caplog.text
+    assert "without the operator of lstm.cpp: false failed with status 1" in caplog.text
     lstm._obstacle.cache_clear()
 
 
