@@ -29,10 +29,14 @@ def main() -> None:
     options.add_argument("--years", type=int, default=1, help="years of the world")
     options.add_argument("--members", type=int, default=2, help="of the cube")
     options.add_argument("--tile", type=int, default=object_store.TILE, help="cells along its edges")
+    options.add_argument("--outputs", nargs="+", metavar="OUTPUT", help="of the cube; all if left out")
     options.add_argument("--compression", choices=("zstd", "blosc"), default="zstd", help="of the cube")
     chosen = parser.parse_args()
     resolution = 5.0 if chosen.quick else chosen.resolution
-    case = object_store.Case(resolution, chosen.years, chosen.members, chosen.tile, chosen.compression)
+    outputs = tuple(chosen.outputs) if chosen.outputs else None
+    case = object_store.Case(
+        resolution, chosen.years, chosen.members, chosen.tile, chosen.compression, outputs
+    )
     long: dict[str, Callable[[], None]] = {
         "io": lambda: object_store.main(case),
         "memory": lambda: memory.main(chosen.quick),

@@ -1,7 +1,7 @@
 """Global inference from an object store into an object store, against what it cannot be faster than.
 
-A made-up world lies in SeaweedFS on loopback; two members fill a cube there, through the real job, on two
-workers that have imported everything. The same workers then do the two parts of it, each as a limit:
+A made-up world lies in SeaweedFS on loopback; members fill a cube there, through the real job, on two workers
+that have imported and compiled everything. The same workers then do the two parts of it, each as a limit:
 
 - compute alone: the same tiles and blocks, forcing in memory, nothing written, every tile on a free worker;
 - raw reading and writing: for each tile its chunks of the forcing are read with plain zarr while the same
@@ -92,6 +92,7 @@ class Case(NamedTuple):
     members: int = 2
     tile: int = TILE
     compression: str = "zstd"
+    outputs: tuple[str, ...] | None = None
 
 
 def main(case: Case) -> None:
@@ -107,16 +108,14 @@ def measure(server: S3Server, case: Case) -> None:
     _write_members(case.members, settings, job, server.options)
     work = Work(to_json(settings), job, cube, f"{output}/raw.zarr", server.options.reveal())
     planned = work.plan()
-    print(
-        f"{made.n_land} land cells, {made.period.n_days} days, {len(planned.layout.members)} members, ",
-        end="",
-    )
+    print(f"{made.n_land} land cells, {made.period.n_days} days, {case.members} members, ", end="")
+    print(f"{len(case.outputs) if case.outputs else 'all'} outputs, ", end="")
     print(
         f"{len(planned.layout.tiles)} tiles of {case.tile} x {case.tile} cells, {WORKERS} workers\n",
         flush=True,
     )
     with connect(ClusterSettings(kind="local", workers=WORKERS, memory_limit="0")) as client:
-        client.run(_warm_up)
+        client.run(_warm_up, work)
         before = _traffic(server, data), _traffic(server, output)
         with _timed() as whole:
             handle = start_inference(client, planned, job, cube, server.options)
@@ -158,6 +157,7 @@ def _settings(world: str, case: Case) -> Settings:
     box = [case.tile, case.tile]
     inference: dict[str, Any] = {"tile": box, "shard": box, "chunk": [case.tile // 2] * 2}
     inference |= {"shard_days": SHARD_DAYS, "chunk_days": SHARD_DAYS // 3, "compression": case.compression}
+    inference |= {"outputs": case.outputs} if case.outputs else {}
     return validate({"data": {"url": world}, "inference": inference}, where="benchmark")
 
 
@@ -173,13 +173,22 @@ def _write_members(count: int, settings: Settings, job: str, options: StorageOpt
     write_members(job, settings, models, source.static, options)
 
 
-def _warm_up() -> None:
-    """Import what a tile needs, as on a worker that has been there for a while."""
+def _warm_up(work: Work) -> None:
+    """Import and compile what a tile needs, as on a worker that has been there for a while."""
     import h2mv_dist.io.s3
     import h2mv_dist.jobs.tiles  # noqa: F401
     from h2mv_dist.jobs.memory import keep_freed_memory
 
     keep_freed_memory()
+    torch.set_num_threads(1)
+    _ensemble(work.plan())
+
+
+def _ensemble(planned: CubePlan) -> Ensemble:
+    compiled, members = compiles_here(planned.code_path), [c.build_model() for c in planned.checkpoints]
+    ensemble = Ensemble(members, torch.device("cpu"), compiled=compiled)
+    ensemble.warm_up(kept_outputs(planned.spec, planned.layout.daily))
+    return ensemble
 
 
 # -------------------- (a) compute alone
@@ -204,9 +213,7 @@ def _hold(work: Work, tiles: Sequence[Tile]) -> None:
     days = Days(
         period=layout.period, block=layout.shard_days, baseline=planned.baseline, spinup=planned.spinup
     )
-    compiled, members = compiles_here(planned.code_path), [c.build_model() for c in planned.checkpoints]
-    ensemble = Ensemble(members, torch.device("cpu"), compiled=compiled)
-    ensemble.warm_up(kept_outputs(planned.spec, layout.daily))
+    ensemble = _ensemble(planned)
     names = (*layout.daily, *layout.static)
     for tile in tiles:
         simulation = TileSimulation(planned.source, planned.spec, ensemble, tile, days, names)
