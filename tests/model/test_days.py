@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from h2mv_dist.model import days
 from h2mv_dist.model.base import Batch, Result
-from h2mv_dist.model.days import BLOCK_DAYS, Prepared, State, day_blocks, no_compiler_because
+from h2mv_dist.model.days import Prepared, State, day_blocks, no_compiler_because
 from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import h2mv_loss
@@ -28,7 +28,15 @@ PRODUCTS = (torch.addmm, torch.mm, torch.matmul, torch.bmm, operator.matmul, fun
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[None]:
+def short_blocks() -> Iterator[None]:
+    """Blocks of two days, which take a fourth of the time to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(days, "BLOCK_DAYS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def warm(short_blocks: None) -> Iterator[None]:
     """Everything compiled that the tests need, once."""
     torch._dynamo.reset()
     model = compiled_model()
@@ -81,7 +89,7 @@ def test_compiled_days_say_what_the_written_ones_say(n_cells: int) -> None:
 def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
     model = compiled_model()
     with torch.compiler.set_stance("fail_on_recompile"):
-        for n_cells, n_days in ((CELLS, 45), (7, 30), (CELLS, 1), (CELLS - 1, BLOCK_DAYS), (3, 2)):
+        for n_cells, n_days in ((CELLS, 45), (7, 30), (CELLS, 1), (CELLS - 1, days.BLOCK_DAYS), (3, 2)):
             batch = builders.batch(n_cells=n_cells, n_days=n_days)
             result = model(batch, spin_up(model, batch, None, KEPT), KEPT)
             torch.autograd.backward(result.daily["runoff"].sum())
@@ -113,9 +121,9 @@ def test_a_block_is_one_graph_of_two_products_or_one_operator_a_day(compiled: bo
         state = tuple(part.movedim(0, -1).contiguous() for part in model.initial_state(32))
         forcing = batch.forcing.permute(1, 2, 0).contiguous()
         days.run_days(entering, prepared, forcing, state, ("runoff",))
-    assert entered == len(day_blocks(n_days)) == 45 // BLOCK_DAYS + 45 % BLOCK_DAYS
+    assert entered == len(day_blocks(n_days)) == 45 // days.BLOCK_DAYS + 45 % days.BLOCK_DAYS
     assert counting.frame_count == 2
-    for graph, length in zip(counting.graphs, (BLOCK_DAYS, 1), strict=True):
+    for graph, length in zip(counting.graphs, (days.BLOCK_DAYS, 1), strict=True):
         called = [node.target for node in graph.graph.nodes]
         assert sum(target in PRODUCTS for target in called) == (0 if compiled else 2 * length)
         assert called.count(torch.ops.h2mv_dist.lstm_forward.default) == (length if compiled else 0)
@@ -170,6 +178,7 @@ def test_a_machine_without_a_compiler_is_recognised(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_blocks")
 def test_recomputed_and_lowered_days_can_be_compiled() -> None:
     torch._dynamo.reset()
     batch, gradients = builders.batch(n_cells=CELLS, n_days=25), []

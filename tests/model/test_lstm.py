@@ -155,7 +155,7 @@ def test_code_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     subprocess.run(load, env=environment, check=True)
     (code,) = tmp_path.rglob("*.so")
     size = code.stat().st_size
-    code.write_bytes(code.read_bytes()[: size // 2])
+    code.write_bytes(b"no code")
     subprocess.run(load, env=environment, check=True)
     assert code.stat().st_size == size
 
