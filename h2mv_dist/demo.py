@@ -41,7 +41,7 @@ layout = "published"
 [training]
 folds = [0, 1]           # two of the ten
 ranks = 2                # processes a fold, joined by torch DDP
-epochs = 14
+epochs = 11
 batch_size = 96
 cache = "{folder}/cache"
 
