@@ -88,7 +88,7 @@ def _settings(world: str, cache: Path) -> Settings:
         "data": {"url": world},
         "folds": {"block": 2},
         "training": {"folds": [0, 1], "epochs": EPOCHS, "cache": str(cache), "code_path": "compiled"},
-        "inference": {"tile": [15, 15], "shard": [15, 15], "chunk": [15, 15], "code_path": "compiled"},
+        "inference": {"tile": [18, 18], "shard": [18, 18], "chunk": [18, 18], "code_path": "compiled"},
     }
     return validate(tree, where="benchmark")
 

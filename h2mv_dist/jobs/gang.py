@@ -265,7 +265,7 @@ class Coordinator(SchedulerPlugin):
         try:
             await asyncio.wait_for(self._written_end(job), RECORDING_SECONDS)
         except Exception as error:
-            _log.warning("the end of %s was not recorded: %s", job.id, error or type(error).__name__)
+            _log.warning("the end of %s was not recorded: %s", job.id, str(error) or type(error).__name__)
         finally:
             self.ending.discard(job.id)
 

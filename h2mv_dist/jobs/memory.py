@@ -11,7 +11,7 @@ _ARENA_MAX: Final = -8
 KEPT_BYTES: Final = 4 * 2**20
 """What each arena of a worker keeps of what was freed."""
 RANK_BYTES: Final = 2**31 - 1
-"""What a rank's keep: its next step needs as much again, and mapping a graph anew takes a tenth of it."""
+"""What each arena of a rank keeps: the next step needs as much, and mapping it anew takes up to a tenth."""
 LARGE_BYTES: Final = 1 * 2**20
 """Arrays from this size on are mapped one by one, so that they leave no holes; smaller ones come each day."""
 _ARENAS: Final = 2
