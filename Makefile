@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: test docs
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=12 --timeout=600 -m slow
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=30 --timeout=600 -m slow
 
 # the documentation, in build/site; a warning is an error
 docs: $(READY)

@@ -7,12 +7,26 @@ import argparse
 from collections.abc import Callable
 from typing import Final
 
-from benchmarks import day_loop, ensemble, job_start, memory, object_store, scaling, staging, stores, workers
+from benchmarks import (
+    day_loop,
+    ensemble,
+    graph,
+    job_start,
+    memory,
+    object_store,
+    scaling,
+    staging,
+    starts,
+    stores,
+    workers,
+)
 
 SHORT: Final[dict[str, Callable[[], None]]] = {
     "day_loop": day_loop.main,
     "ensemble": ensemble.main,
     "scaling": scaling.main,
+    "starts": starts.main,
+    "graph": graph.main,
     "staging": staging.main,
     "job_start": job_start.main,
     "workers": workers.main,

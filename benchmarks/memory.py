@@ -142,16 +142,17 @@ def _baseline(modules: Sequence[str] = IMPORTS) -> int:
     for module in modules:
         importlib.import_module(module)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _peak() -> int:
     """Largest resident bytes of this process, and what its children hold."""
     children = psutil.Process().children(recursive=True)
-    return _status("VmHWM") + sum(int(child.memory_info().rss) for child in children)
+    return status_bytes("VmHWM") + sum(int(child.memory_info().rss) for child in children)
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """Of this process, as the kernel has it in ``/proc/self/status``."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 

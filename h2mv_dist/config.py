@@ -302,15 +302,16 @@ class TrainingSettings(_Settings):
     seed: int = Field(0, ge=0)
     """Of initial weights and the order of cells."""
     threads: int | None = Field(None, ge=1)
-    """Torch threads of each rank on a CPU. If left out, those of its worker; where it has several, days run
-    as written and a fold is large, fewer if they are about as fast, as measured before the first step."""
+    """Torch threads of each rank on a CPU. If left out, those of its worker; where it has several and a fold
+    is large, fewer if they are about as fast, as measured before the first step (compiled: for minutes)."""
     code_path: CodePath = "auto"
     """``compiled``: blocks of days as one piece of machine code each, three to four times as fast; takes a
     C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
     on CPUs with a compiler where that is worth the minute."""
     recompute: bool | None = None
-    """Compute each block of days once more when going backward, instead of remembering it: a tenth of
-    the memory, a quarter more time. Where memory would not suffice otherwise if left out."""
+    """Compute each block of days once more when going backward, instead of remembering it: a quarter more
+    time, a tenth of the memory (compiled; half of it as written). Where memory would not suffice otherwise
+    if left out."""
     attempts: int = Field(3, ge=1)
     """How often a fold may fail, without an epoch in between, before it counts as failed."""
     stuck_seconds: float = Field(600.0, gt=0)

@@ -2,7 +2,7 @@
 
 import logging
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from h2mv_dist.config import CodePath
 from h2mv_dist.errors import ConfigError, describe
@@ -11,9 +11,21 @@ from h2mv_dist.model.days import no_compiler_because
 COMPILED: Final = "compiled"
 EAGER: Final = "eager"
 WORTH_CELL_DAYS: Final = 2e7
-"""From so many simulated cell-days of a rank, or of a cube, on, compiling for a minute pays."""
+"""From so many simulated cell-days of a rank, or of a cube with spin-up and baseline, on, compiling pays."""
 
 _log: Final = logging.getLogger(__name__)
+
+
+class Way(NamedTuple):
+    """How a rank runs its model.
+
+    Attributes:
+        compiled: as compiled code.
+        recompute: blocks of days once more when going backward.
+    """
+
+    compiled: bool
+    recompute: bool
 
 
 def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, where: str) -> str:
@@ -22,7 +34,7 @@ def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, 
     Args:
         wanted: the setting.
         device: type of the device, ``cpu`` or ``cuda``.
-        cell_days: about how many a rank, or all of a cube, will take; going backward counts twice.
+        cell_days: that a rank, or a cube, will simulate about; going backward counts twice.
         obstacle: why something cannot be compiled; empty if it can.
         where: name of the setting.
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dask.utils import format_bytes
 
-from h2mv_dist.config import Settings, StorageOptions, canonical_json, validate
+from h2mv_dist.config import CodePath, Settings, StorageOptions, canonical_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
@@ -199,7 +199,9 @@ def _plan(
         progress = Progress.of(known) if known else None
         period = until or _target(settings, source.period, progress, append)
         baseline, spinup = _references(settings, source.period, period, known)
-        path = _code_path(settings, source, len(checkpoints), period, known)
+        days = [period, baseline, *([spinup] if spinup else [])]
+        cell_days = int(source.grid.mask.sum()) * len(checkpoints) * sum(part.n_days for part in days)
+        path = _code_path(settings.inference.code_path, cell_days, known)
         layout = _layout(settings, training_folder, source, spec, checksums, period, baseline, spinup, path)
         return CubePlan(settings, source, spec, checkpoints, layout, baseline, spinup, progress)
 
@@ -268,18 +270,14 @@ def _appended(progress: Progress, wanted: Period, shard_days: int) -> Period:
     return Period(start, as_date(progress.period.first + whole))
 
 
-def _code_path(
-    settings: Settings, source: Source, members: int, period: Period, known: Mapping[str, str] | None
-) -> str:
+def _code_path(chosen: CodePath, cell_days: int, known: Mapping[str, str] | None) -> str:
     """As set, else as the cube has it, else as is worth it."""
-    chosen = settings.inference.code_path
     if known and "code_path" not in known and chosen != COMPILED:
         return ""
     if chosen != "auto":
         return chosen
     if known:
         return known["code_path"]
-    cell_days = int(source.grid.mask.sum()) * members * period.n_days
     return chosen_path(chosen, "cpu", cell_days, no_compiler_because(), "inference.code_path")
 
 

@@ -1,30 +1,20 @@
 """What is decided for a fold before its first step, and kept by every attempt that continues it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from h2mv_dist.config import Settings
+from h2mv_dist.config import Settings, TrainingSettings
 from h2mv_dist.errors import JobError, describe
-from h2mv_dist.io.cache import StagedCells
-from h2mv_dist.jobs.code_path import EAGER, chosen_path
+from h2mv_dist.jobs.code_path import COMPILED, EAGER, Way, chosen_path
 from h2mv_dist.jobs.preflight import Facts, must_recompute, require_step_memory
 from h2mv_dist.jobs.probe import WORTH_TRYING, Measure, fastest, rates_or_none, threads_to_try
 from h2mv_dist.jobs.records import FoldRecord
 
 PASSES: Final = 4
 """Spin-up, run, and two for going backward."""
-
-
-class Way(NamedTuple):
-    """How a rank runs its model.
-
-    Attributes:
-        compiled: as compiled code.
-        recompute: blocks of days once more when going backward.
-    """
-
-    compiled: bool
-    recompute: bool
+FEWEST_CELLS: Final = 128
+"""A day as written takes as long with fewer cells as with so many."""
 
 
 class Work(NamedTuple):
@@ -32,18 +22,25 @@ class Work(NamedTuple):
 
     Attributes:
         n_days: of the data.
-        cell_days: that a rank simulates at least, unless the loss stops being finite; backward counts twice.
+        cell_days: that a rank simulates at least, unless the loss stops being finite; backward counts twice,
+            and a batch of few cells as one of ``FEWEST_CELLS``.
     """
 
     n_days: int
     cell_days: float
 
 
-def work_of(settings: Settings, staged: StagedCells, world: int) -> Work:
-    """The work of a fold."""
-    training, n_days = settings.training, staged.period.n_days
+def work_of(training: TrainingSettings, n_cells: int, n_days: int, world: int) -> Work:
+    """The work of a fold of so many cells and days, for each of ``world`` ranks.
+
+    >>> work_of(TrainingSettings(epochs=10, batch_size=256), 512, 365, 1).cell_days == 10 * 512 * 365 * 4
+    True
+    >>> work_of(TrainingSettings(epochs=10, batch_size=256), 2, 365, 1).cell_days == 10 * 128 * 365 * 4
+    True
+    """
     epochs = min(training.epochs, training.patience + 1)
-    return Work(n_days, epochs * len(staged.forcing) * n_days * PASSES / world)
+    cells = max(n_cells / world, math.ceil(n_cells / training.batch_size) * FEWEST_CELLS)
+    return Work(n_days, epochs * cells * n_days * PASSES)
 
 
 class Begun(NamedTuple):
@@ -70,7 +67,7 @@ def decided(
         work: that there is to do.
         nthreads: of rank 0's worker.
         everyone: facts of all ranks.
-        measure: cell-days a second with each of some numbers of threads; called where there is a choice.
+        measure: called where there is a choice.
 
     Raises:
         ConfigError: compiled code is asked for where there is no compiler.
@@ -85,7 +82,7 @@ def decided(
         path = chosen_path(training.code_path, begun.device, work.cell_days, obstacle, "training.code_path")
         recompute = must_recompute(settings, work.n_days, path, everyone)
         tried = threads_to_try(nthreads, everyone) if _may_try(training.threads, begun, path, work) else ()
-        rates = rates_or_none(measure, tried, recompute)
+        rates = rates_or_none(measure, tried, Way(path == COMPILED, recompute))
         threads = training.threads or (fastest(rates) if rates else nthreads)
         choices = {"threads": threads, "code_path": path, "recompute": recompute}
         measured = {"cell_days_a_second": rates} if rates else {}
@@ -110,5 +107,5 @@ def decided(
 
 
 def _may_try(wanted: int | None, begun: Begun, path: str, work: Work) -> bool:
-    """Whether threads are tried out; compiled code would have to be compiled anew for each number of them."""
-    return wanted is None and begun.device == "cpu" and path == EAGER and work.cell_days >= WORTH_TRYING
+    """Whether threads are tried out."""
+    return wanted is None and begun.device == "cpu" and work.cell_days >= WORTH_TRYING[path]

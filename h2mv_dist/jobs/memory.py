@@ -1,7 +1,9 @@
-"""How the C library keeps memory that was freed: it decides how fast many small results are made."""
+"""A process's memory, and how the C library keeps what was freed: that decides how fast results are made."""
 
 import ctypes
 from typing import Final
+
+import psutil
 
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
@@ -34,6 +36,15 @@ def keep_freed_memory(most: int = KEPT_BYTES) -> None:
         (_ARENA_MAX, _ARENAS),
     ):
         set_option(name, value)
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of a process's own; mapped files, which others share and the kernel may drop, do not count."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def give_back_freed_memory() -> None:

@@ -28,6 +28,7 @@ from h2mv_dist.config import Settings, canonical_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
 from h2mv_dist.jobs.code_path import COMPILED, EAGER
+from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.tasks import Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
@@ -43,6 +44,8 @@ GRAPH_BYTES: Final[Mapping[tuple[str, bool], tuple[int, int]]] = MappingProxyTyp
 )
 """(code path, recomputed) -> bytes of a graph for each simulated day of a cell: for each hidden unit, and on
 top; measured with what is lost between arrays, of which eager code makes many of different sizes."""
+FIRST_STEP_BYTES: Final = 200 * 2**20
+"""What the first step leaves behind beside its graph: code that was compiled or loaded; measured."""
 SPARE_DISK: Final = 256 * 2**20
 """Free bytes a host's cache disk must have left after staging."""
 
@@ -55,8 +58,17 @@ _ALIKE: Final = {
 Facts = Mapping[str, Any]
 
 
-def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) -> Facts:
-    """What a rank knows of itself; all of it is also kept in the record."""
+def gather_facts(
+    settings: Settings, staged: StagedCells, device: torch.device, worker_memory: int | None
+) -> Facts:
+    """What a rank knows of itself; all of it is also kept in the record.
+
+    Args:
+        settings: of the job.
+        staged: its data.
+        device: of this rank.
+        worker_memory: bytes that the worker's limit leaves to its rank; None without a limit.
+    """
     return {
         "host": socket.gethostname(),
         "device": _device_name(device),
@@ -65,6 +77,7 @@ def gather_facts(settings: Settings, staged: StagedCells, device: torch.device) 
         "data": staged.path.name,
         "cores": CPU_COUNT,
         "free_memory": _free_memory(device),
+        "worker_memory": _left_of(worker_memory, device),
         "free_disk": shutil.disk_usage(staged.path).free,
         "no_compiler": no_compiler_because(),
         "needed_memory": least_step_bytes(settings, staged.period.n_days),
@@ -94,7 +107,7 @@ def must_recompute(settings: Settings, n_days: int, code_path: str, everyone: Se
     if settings.training.recompute is not None:
         return settings.training.recompute
     needed = step_bytes(settings, n_days, code_path, False)
-    return any(needed * _sharing(facts, everyone) > facts["free_memory"] for facts in everyone)
+    return any(needed > _room(facts, everyone) for facts in everyone)
 
 
 def require_step_memory(
@@ -107,7 +120,7 @@ def require_step_memory(
     """
     needed = step_bytes(settings, n_days, code_path, recompute)
     for rank, facts in enumerate(everyone):
-        _check_memory(rank, facts, needed * _sharing(facts, everyone))
+        _check_memory(rank, facts, needed, everyone)
 
 
 def ranks_of_host(facts: Facts, everyone: Sequence[Facts]) -> int:
@@ -115,9 +128,11 @@ def ranks_of_host(facts: Facts, everyone: Sequence[Facts]) -> int:
     return sum(other["host"] == facts["host"] for other in everyone)
 
 
-def _sharing(facts: Facts, everyone: Sequence[Facts]) -> int:
-    """How many ranks share the memory of one."""
-    return ranks_of_host(facts, everyone) if facts["device"].startswith("cpu") else 1
+def _room(facts: Facts, everyone: Sequence[Facts]) -> int:
+    """Bytes that a rank may still take: its share of what is free, but no more than its worker's limit."""
+    sharing = ranks_of_host(facts, everyone) if facts["device"].startswith("cpu") else 1
+    free, limit = int(facts["free_memory"]) // sharing, facts["worker_memory"]
+    return free if limit is None else min(free, int(limit))
 
 
 def agree(
@@ -176,11 +191,11 @@ def check(everyone: Sequence[Facts]) -> None:
             own, shared = "a device of its own", facts["device"]
             raise JobError(_described("two ranks share a device", rank, facts, own, shared, fix))
     for rank, facts in enumerate(everyone):
-        _check_room(rank, facts, _sharing(facts, everyone))
+        _check_room(rank, facts, everyone)
 
 
-def _check_room(rank: int, facts: Facts, sharing: int) -> None:
-    _check_memory(rank, facts, facts["needed_memory"] * sharing)
+def _check_room(rank: int, facts: Facts, everyone: Sequence[Facts]) -> None:
+    _check_memory(rank, facts, facts["needed_memory"], everyone)
     free = f"{format_bytes(facts['free_disk'])} free"
     if facts["free_disk"] < SPARE_DISK:
         fix = "free space, or choose another folder with training.cache"
@@ -188,14 +203,20 @@ def _check_room(rank: int, facts: Facts, sharing: int) -> None:
         raise RankError(Failure("full", _described("the disk is full", rank, facts, expected, free, fix)))
 
 
-def _check_memory(rank: int, facts: Facts, needed: int) -> None:
-    free = f"{format_bytes(facts['free_memory'])} free"
-    if needed > facts["free_memory"]:
-        fix = "set training.recompute or cells_at_once, lower training.batch_size, or raise training.ranks"
-        expected = f"about {format_bytes(needed)} for a step"
-        message = _described("a step does not fit into memory", rank, facts, expected, free, fix)
-        # others may use the memory only for a while
-        raise RankError(Failure("busy", message))
+def _check_memory(rank: int, facts: Facts, needed: int, everyone: Sequence[Facts]) -> None:
+    if needed <= _room(facts, everyone):
+        return
+    limit = facts["worker_memory"]
+    # a limit stays, but others may use the host's memory only for a while
+    limited = limit is not None and needed > limit
+    fix = (
+        "set training.recompute or cells_at_once, lower training.batch_size, raise training.ranks, "
+        "or start workers with more memory (cluster.memory_limit)"
+    )
+    expected = f"about {format_bytes(needed)} for a step"
+    actual = f"{format_bytes(_room(facts, everyone))} {'of its worker' if limited else 'free'}"
+    message = _described("a step does not fit into memory", rank, facts, expected, actual, fix)
+    raise RankError(Failure("refused" if limited else "busy", message))
 
 
 def _described(what: str, rank: int, facts: Facts, expected: object, actual: object, fix: str) -> str:
@@ -239,6 +260,13 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).uuid)
     return f"cpu of process {os.getpid()}"
+
+
+def _left_of(worker_memory: int | None, device: torch.device) -> int | None:
+    """What this process, with all it has imported, leaves of it; steps on a GPU take nothing."""
+    if worker_memory is None or device.type == "cuda":
+        return None
+    return max(0, worker_memory - own_bytes(os.getpid()) - FIRST_STEP_BYTES)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -1,9 +1,10 @@
-"""How many threads a rank runs best with, tried out for a few seconds before the first step."""
+"""How many threads a rank runs best with, tried out before the first step."""
 
 import logging
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -12,6 +13,7 @@ from h2mv_dist.config import Settings
 from h2mv_dist.io.cache import StagedCells
 from h2mv_dist.io.folds import Fold
 from h2mv_dist.jobs.batches import gather
+from h2mv_dist.jobs.code_path import COMPILED, EAGER, Way
 from h2mv_dist.jobs.preflight import Facts, ranks_of_host
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import new_model
@@ -20,16 +22,17 @@ from h2mv_dist.model.registry import model_kind
 from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.spec import Scaler
 
-WORTH_TRYING: Final = 1e6
-"""From so many simulated cell-days of a rank on, a few seconds pay."""
+WORTH_TRYING: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5e6, COMPILED: 1e10})
+"""Code path -> from so many simulated cell-days of a rank on it pays: a few seconds as written, but compiled
+code is made for a number of threads, which takes about a minute for each of them."""
 DAYS: Final = 16
 ROUNDS: Final = 3
-LIMIT_SECONDS: Final = 5.0
+LIMIT_SECONDS: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5.0, COMPILED: 900.0})
 MARGIN: Final = 0.1
 """How much faster each further thread must make a step: others could use it."""
 
-Measure = Callable[[Sequence[int], bool], Mapping[int, float]]
-"""(numbers of threads, whether blocks of days are recomputed) -> cell-days a second with each of them."""
+Measure = Callable[[Sequence[int], Way], Mapping[int, float]]
+"""(numbers of threads, how the model runs) -> cell-days a second with each of them."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -66,10 +69,10 @@ def fastest(rates: Mapping[int, float]) -> int:
     return chosen
 
 
-def rates_or_none(measure: Measure, threads: Sequence[int], recompute: bool) -> dict[int, float]:
+def rates_or_none(measure: Measure, threads: Sequence[int], way: Way) -> dict[int, float]:
     """What was measured; nothing if there was nothing to measure, or it did not work or took too long."""
     try:
-        return dict(measure(threads, recompute)) if threads else {}
+        return dict(measure(threads, way)) if threads else {}
     except Exception as error:  # whatever it is, the fold can do without
         _log.warning("threads were not tried out, ranks use those of the worker: %s", error)
         return {}
@@ -81,9 +84,9 @@ def cell_days_a_second(
     fold: Fold,
     scaler: Scaler,
     threads: Sequence[int],
-    recompute: bool,
+    way: Way,
 ) -> dict[int, float]:
-    """Try numbers of threads on a few days of a rank's share of a batch, as the model is written.
+    """Try numbers of threads on a few days of a rank's share of a batch.
 
     Raises:
         TimeoutError: it takes too long.
@@ -93,7 +96,7 @@ def cell_days_a_second(
     cells = fold.cells("train")[: min(share, training.cells_at_once or share)]
     model = new_model(settings.model, scaler)
     multiply_in(model, training.precision)
-    model.recompute = recompute
+    model.compiled, model.recompute, model.width = *way, len(cells)
     reads = model_kind(settings.model.name).loss(scaler).reads
     return measured(model, gather(staged, fold, "train", cells).days(0, DAYS), reads, threads)
 
@@ -106,7 +109,8 @@ def measured(
     Raises:
         TimeoutError: it takes too long.
     """
-    deadline, before = time.monotonic() + LIMIT_SECONDS, torch.get_num_threads()
+    limit, before = LIMIT_SECONDS[COMPILED if model.compiled else EAGER], torch.get_num_threads()
+    deadline = time.monotonic() + limit
     taken: dict[int, list[float]] = {number: [] for number in threads}
     try:
         for _ in range(1 + ROUNDS):
@@ -114,7 +118,7 @@ def measured(
                 torch.set_num_threads(number)
                 seconds.append(_step_seconds(model, batch, reads))
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes longer than {LIMIT_SECONDS:g} s")
+                    raise TimeoutError(f"it takes longer than {limit:g} s")
     finally:
         torch.set_num_threads(before)
     cell_days = batch.n_cells * batch.n_days

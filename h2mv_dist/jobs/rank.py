@@ -17,7 +17,7 @@ from typing import Any, Final
 from h2mv_dist.errors import H2mvError, JobError, describe
 from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
 from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.tasks import Place, RankError, failure_of
+from h2mv_dist.jobs.tasks import Place, RankError, Share, failure_of
 
 ORPHANED: Final = 98
 FAILED: Final = 1
@@ -40,7 +40,9 @@ def main() -> None:
     try:
         from h2mv_dist.jobs.trainer import train_rank
 
-        summary = train_rank(order["message"], Place(**order["place"]), order["nthreads"], emit, leave.is_set)
+        summary = train_rank(
+            order["message"], Place(**order["place"]), Share(**order["share"]), emit, leave.is_set
+        )
         if summary is None:
             emit(event="preempted", kind="preempted", reason="the worker had to leave; a checkpoint was made")
         else:

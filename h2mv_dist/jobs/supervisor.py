@@ -26,10 +26,20 @@ from distributed import get_worker
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
+from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
-from h2mv_dist.jobs.tasks import Message, Place, RankError, close_rendezvous, failure_of, report, worker_host
+from h2mv_dist.jobs.tasks import (
+    Message,
+    Place,
+    RankError,
+    Share,
+    close_rendezvous,
+    failure_of,
+    report,
+    worker_host,
+)
 
 POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0
@@ -123,14 +133,6 @@ class _Child:
     def __init__(self, process: subprocess.Popen[bytes], events: int) -> None:
         self.process, self.events = process, events
 
-    def own_bytes(self) -> int:
-        """Memory of its own; mapped files, which all ranks share and the kernel may drop, do not count."""
-        try:
-            memory = psutil.Process(self.process.pid).memory_info()
-        except psutil.NoSuchProcess:
-            return 0
-        return int(memory.rss - getattr(memory, "shared", 0))
-
     def end(self) -> None:
         """Wait for a process that is ending, or end it."""
         try:
@@ -156,7 +158,8 @@ def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[_Child]:
     assert process.stdin is not None
     child = _Child(process, read_end)
     try:
-        order = {"message": dict(message), "place": place._asdict(), "nthreads": get_worker().state.nthreads}
+        share = Share(get_worker().state.nthreads, _memory_left())
+        order = {"message": dict(message), "place": place._asdict(), "share": share._asdict()}
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
         yield child
@@ -164,6 +167,12 @@ def _child(message: Message, place: Place, log: IO[bytes]) -> Iterator[_Child]:
         process.stdin.close()
         child.end()
         os.close(read_end)
+
+
+def _memory_left() -> int | None:
+    """Bytes that the worker's limit leaves to its rank; None without a limit."""
+    limit = get_worker().memory_manager.memory_limit
+    return max(0, limit - psutil.Process().memory_info().rss) if limit else None
 
 
 class _Watch:
@@ -253,7 +262,7 @@ class _Watch:
         limit = get_worker().memory_manager.memory_limit
         if not limit:
             return
-        used = self.child.own_bytes() + psutil.Process().memory_info().rss
+        used = own_bytes(self.child.process.pid) + psutil.Process().memory_info().rss
         if used > limit:
             raise RankError(
                 Failure(
@@ -263,8 +272,8 @@ class _Watch:
                         where=f"rank {self.place.rank} on {get_worker().address}",
                         expected=f"at most {format_bytes(limit)} for worker and rank together",
                         actual=format_bytes(used),
-                        fix="lower training.batch_size or training.cells_at_once, raise training.ranks, "
-                        "or start workers with more memory (cluster.memory_limit)",
+                        fix="set training.recompute, lower training.batch_size or training.cells_at_once, "
+                        "raise training.ranks, or start workers with more memory (cluster.memory_limit)",
                     ),
                 )
             )

@@ -39,6 +39,18 @@ class Message(Mapping[str, Any]):
         return f"Message(job={self['job']!r}, unit={self['unit']!r})"
 
 
+class Share(NamedTuple):
+    """What a rank gets of its worker.
+
+    Attributes:
+        nthreads: used on a CPU unless ``training.threads`` says otherwise, or fewer are as fast.
+        memory: bytes that the worker's limit leaves; None without a limit.
+    """
+
+    nthreads: int
+    memory: int | None
+
+
 class Place(NamedTuple):
     """Which rank of which gang a task is.
 

@@ -29,15 +29,15 @@ from h2mv_dist.io.folds import Fold, fit_scaler, make_folds, require_observation
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
-from h2mv_dist.jobs.code_path import COMPILED
-from h2mv_dist.jobs.decisions import Begun, Way, decided, work_of
+from h2mv_dist.jobs.code_path import COMPILED, Way
+from h2mv_dist.jobs.decisions import Begun, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.memory import give_back_freed_memory
 from h2mv_dist.jobs.messages import Failure
 from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
 from h2mv_dist.jobs.probe import cell_days_a_second
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
-from h2mv_dist.jobs.tasks import Place, RankError
+from h2mv_dist.jobs.tasks import Place, RankError, Share
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
 from h2mv_dist.model.networks import multiply_in
@@ -146,15 +146,14 @@ class EpochPart:
 
 
 def train_rank(
-    message: Mapping[str, Any], place: Place, nthreads: int, emit: Emit, leave: Callable[[], bool]
+    message: Mapping[str, Any], place: Place, share: Share, emit: Emit, leave: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """Train one fold as one of its ranks.
 
     Args:
         message: the unit, see :func:`h2mv_dist.jobs.training.start_training`.
         place: which rank of which attempt this is.
-        nthreads: of the worker; used on a CPU unless ``training.threads`` says otherwise, or fewer are as
-            fast.
+        share: what it gets of its worker.
         emit: reports to the supervisor.
         leave: whether this rank was asked to make a checkpoint and leave.
 
@@ -173,11 +172,11 @@ def train_rank(
     def decide(everyone: Sequence[Facts]) -> dict[str, Any]:
         claimed.append(job.fold(message["fold"]).claim(place.attempt, place.gang))
         begun = Begun(claimed[0].record, place.world, device.type)
-        work = work_of(settings, staged, place.world)
-        return decided(begun, settings, work, nthreads, everyone, measure)
+        work = work_of(settings.training, len(staged.forcing), staged.period.n_days, place.world)
+        return decided(begun, settings, work, share.nthreads, everyone, measure)
 
-    def measure(threads: Sequence[int], recompute: bool) -> dict[int, float]:
-        return cell_days_a_second(settings, staged, fold, scaler, threads, recompute)
+    def measure(threads: Sequence[int], way: Way) -> dict[int, float]:
+        return cell_days_a_second(settings, staged, fold, scaler, threads, way)
 
     # hosts may take very different times to stage
     with beating(emit):
@@ -187,7 +186,7 @@ def train_rank(
         require_observations(staged, fold, "validation")
         scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
         store = meet(place)
-        decisions = agree(store, place, gather_facts(settings, staged, device), decide)
+        decisions = agree(store, place, gather_facts(settings, staged, device, share.memory), decide)
         torch.set_num_threads(decisions["threads"])
         way = Way(decisions["code_path"] == COMPILED, decisions["recompute"])
     with process_group(store, place, settings.training.stuck_seconds, device) as ranks:
@@ -388,7 +387,7 @@ class FoldRun:
         return self.progress.epoch >= self.training.epochs or waited >= self.training.patience
 
     def _new_epoch(self) -> EpochPart:
-        self.epoch_started = time.monotonic()
+        self.epoch_started, self.computing = time.monotonic(), 0.0
         return EpochPart(0, torch.zeros(len(self.loss.terms), 2, device=self.ranks.device), [])
 
     def _train_epoch(self, distributed: DistributedDataParallel) -> bool:
@@ -432,6 +431,7 @@ class FoldRun:
             "skipped": [step._asdict() for step in self.part.skipped],
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(time.monotonic() - self.epoch_started, 3),
+            "seconds_computing": round(self.computing, 3),
         }
         self.part = self._new_epoch()
         improved = self.progress.best_epoch != before.best_epoch
@@ -441,12 +441,20 @@ class FoldRun:
 
     def _step(self, distributed: DistributedDataParallel, batch: Batch) -> Outcome:
         """One optimizer step, unless loss or gradient is not finite, which all ranks see alike."""
-        self.optimizer.zero_grad(set_to_none=True)
-        outcome = self.objective.gradient(distributed, batch)
-        if not outcome.fault:
-            torch.nn.utils.clip_grad_value_(self.model.parameters(), self.training.clip_value)
-            self.optimizer.step()
+        with self._computing():
+            self.optimizer.zero_grad(set_to_none=True)
+            outcome = self.objective.gradient(distributed, batch)
+            if not outcome.fault:
+                torch.nn.utils.clip_grad_value_(self.model.parameters(), self.training.clip_value)
+                self.optimizer.step()
         return outcome
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Count the time: what is left of an epoch is spent on data and records."""
+        started = time.monotonic()
+        yield
+        self.computing += time.monotonic() - started
 
     def _skip(self, cells: Cells, batch: Batch, fault: str) -> None:
         """Find out whose fault it is, over all ranks, and say so."""
@@ -466,7 +474,8 @@ class FoldRun:
             if self.ranks.any(self.leave()):
                 return None
             batch = self._batch(cells[first : first + self.training.batch_size], "validation")
-            total += self.objective.evaluate(self.model, batch)
+            with self._computing():
+                total += self.objective.evaluate(self.model, batch)
             self.emit(event="beat")
         return total
 

@@ -23,7 +23,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_DAYS: Final = 8
@@ -31,7 +30,7 @@ BLOCK_DAYS: Final = 8
 LANES: Final = 16
 """Compiled blocks get a multiple of so many cells, the float32 numbers of a vector register."""
 MOST_CELLS: Final = 2**20
-KINDS: Final = 64
+KINDS: Final = 1024
 """Most versions of a block in a process: lengths, outputs, sizes of models, with gradients and without."""
 LOCK_SECONDS: Final = 600.0
 
@@ -162,7 +161,7 @@ def _compiled(block: DayBlock) -> DayBlock:
 
     # its workers would stay, and take the memory of what they import
     torch._inductor.config.compile_threads = 1
-    torch._dynamo.config.recompile_limit = KINDS
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = KINDS
     # else what has an operator of ours is traced anew by every process
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # modules do not change while a process runs; to look at them would take a tenth of a block's time
@@ -171,8 +170,14 @@ def _compiled(block: DayBlock) -> DayBlock:
 
 
 def padded(tensor: Tensor, width: int) -> Tensor:
-    """Zeros after the last cell, up to ``width`` cells; contiguous."""
-    return functional.pad(tensor, (0, width - tensor.shape[-1])).contiguous()
+    """The last cell again and again, up to ``width`` cells; contiguous.
+
+    Zeros would not do: where a law divides by them, NaN finds its way into the weights' gradient.
+    """
+    *others, n_cells = tensor.shape
+    if n_cells == width:
+        return tensor.contiguous()
+    return torch.cat([tensor, tensor[..., -1:].expand(*others, width - n_cells)], dim=-1)
 
 
 def compiled_width(n_cells: int, wanted: int | None) -> int:

@@ -10,7 +10,7 @@ import pytest
 from h2mv_dist.config import CodePath, Settings, validate
 from h2mv_dist.errors import ConfigError, JobError
 from h2mv_dist.jobs import code_path
-from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, chosen_path, compiles_here
+from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, Way, chosen_path, compiles_here
 from h2mv_dist.jobs.decisions import Begun, Work, decided
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
@@ -29,6 +29,7 @@ def facts(**changed: Any) -> dict[str, Any]:
     return {
         "no_compiler": "",
         "free_memory": 64 * GIB,
+        "worker_memory": None,
         "host": "a",
         "device": "cpu of process 1",
         "cores": 8,
@@ -70,14 +71,14 @@ def test_a_worker_without_compiler_says_so_once_and_goes_on(
     assert NOTHING in caplog.text
 
 
-def never(threads: Sequence[int], recompute: bool) -> dict[int, float]:
+def never(threads: Sequence[int], way: Way) -> dict[int, float]:
     raise AssertionError(f"nothing to choose, but {threads} were tried")
 
 
 def test_what_was_decided_stays(tmp_path: Path) -> None:
     record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
     record.claim(1, "gang")
-    begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e12), Work(100, 1.0)
+    begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e9), Work(100, 1.0)
     first = decided(begun, settings(), large, 3, [facts()], never)
     assert first == {"ranks": 1, "device": "cpu", "code_path": "compiled", "threads": 3, "recompute": False}
     assert decided(begun, settings(), small, 1, [facts()], never) == first
@@ -108,6 +109,8 @@ def test_a_graph_that_does_not_fit_is_computed_once_more() -> None:
     )
     hosts = [facts(free_memory=needed, host=name) for name in "ab"]
     assert not must_recompute(settings(), 7000, "compiled", hosts)
+    assert must_recompute(settings(), 7000, "compiled", [facts(worker_memory=needed - 1)])
+    assert not must_recompute(settings(), 7000, "compiled", [facts(worker_memory=needed)] * 2), "each its own"
     assert not must_recompute(settings(recompute=False), 7000, "compiled", [facts(free_memory=1)])
     assert must_recompute(settings(recompute=True), 1, "compiled", [facts()])
 

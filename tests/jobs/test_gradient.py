@@ -23,7 +23,7 @@ from h2mv_dist.io.cache import Series, StagedCells
 from h2mv_dist.io.folds import Fold, make_folds
 from h2mv_dist.io.times import StepAxis
 from h2mv_dist.jobs.batches import CellBank, fits, gather
-from h2mv_dist.jobs.decisions import Way
+from h2mv_dist.jobs.code_path import Way
 from h2mv_dist.jobs.gradient import GRADIENT_FAULT, LOSS_FAULT, Objective
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.trainer import FoldRun, Ranks, epoch_batches

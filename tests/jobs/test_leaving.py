@@ -14,7 +14,7 @@ from h2mv_dist.io.cache import StagedCells, stage
 from h2mv_dist.io.folds import fit_scaler, make_folds
 from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs import supervisor
-from h2mv_dist.jobs.decisions import Way
+from h2mv_dist.jobs.code_path import Way
 from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
 from h2mv_dist.jobs.tasks import RankError

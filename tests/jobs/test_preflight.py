@@ -19,7 +19,7 @@ GIB = 2**30
 
 def facts(number: int, **changed: Any) -> dict[str, Any]:
     alike = dict.fromkeys(("code", "versions", "data"), "the same")
-    room = {"free_memory": GIB, "free_disk": GIB, "needed_memory": 1}
+    room = {"free_memory": GIB, "worker_memory": None, "free_disk": GIB, "needed_memory": 1}
     return {**alike, **room, "host": "a", "device": f"cpu of process {number}", **changed}
 
 
@@ -70,6 +70,7 @@ def test_what_ended_rank_0_ends_the_others_for_the_same_reason(
     [
         ({"free_disk": 0}, "full", "training.cache"),
         ({"free_memory": 0}, "busy", "training.recompute"),
+        ({"worker_memory": 0}, "refused", "cluster.memory_limit"),
         ({"device": "cpu of process 0"}, "refused", "share a device"),
     ],
 )

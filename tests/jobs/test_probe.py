@@ -13,6 +13,7 @@ from h2mv_dist.io.cache import stage
 from h2mv_dist.io.folds import fit_scaler, make_folds
 from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs import probe
+from h2mv_dist.jobs.code_path import Way
 from h2mv_dist.jobs.decisions import Begun, Work, decided
 from h2mv_dist.jobs.probe import WORTH_TRYING, cell_days_a_second, fastest, measured, threads_to_try
 from h2mv_dist.jobs.records import FoldRecord, JobFolder
@@ -20,7 +21,7 @@ from h2mv_dist.model.registry import h2mv_loss, model_kind
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.model import builders
 
-LARGE = Work(100, WORTH_TRYING)
+LARGE = Work(100, WORTH_TRYING["eager"])
 
 
 def settings(**training: Any) -> Settings:
@@ -29,18 +30,19 @@ def settings(**training: Any) -> Settings:
 
 
 def facts(**changed: Any) -> dict[str, Any]:
-    usual = {"no_compiler": "", "free_memory": 2**36, "host": "a", "device": "cpu of process 1", "cores": 8}
-    return {**usual, **changed}
+    usual = {"no_compiler": "", "host": "a", "device": "cpu of process 1", "cores": 8}
+    memory = {"free_memory": 2**36, "worker_memory": None}
+    return {**usual, **memory, **changed}
 
 
 class Rates:
     """Stands for a measurement that gives these rates, and remembers what it was asked for."""
 
     def __init__(self, rates: dict[int, float]) -> None:
-        self.rates, self.asked = rates, list[tuple[int, ...]]()
+        self.rates, self.asked = rates, list[tuple[tuple[int, ...], Way]]()
 
-    def __call__(self, threads: Sequence[int], recompute: bool) -> dict[int, float]:
-        self.asked.append(tuple(threads))
+    def __call__(self, threads: Sequence[int], way: Way) -> dict[int, float]:
+        self.asked.append((tuple(threads), way))
         return {number: self.rates[number] for number in threads}
 
 
@@ -79,7 +81,7 @@ def test_a_thread_more_must_be_worth_it() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy this machine is."""
-    monkeypatch.setattr(probe, "LIMIT_SECONDS", 300.0)
+    monkeypatch.setattr(probe, "LIMIT_SECONDS", dict.fromkeys(("eager", "compiled"), 300.0))
 
 
 @pytest.mark.usefixtures("patient")
@@ -93,7 +95,7 @@ def test_every_number_of_threads_is_measured_and_the_old_one_comes_back() -> Non
 
 
 def test_a_measurement_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(probe, "LIMIT_SECONDS", {"eager": 0.0})
     model, before = builders.model(), torch.get_num_threads()
     with pytest.raises(TimeoutError):
         measured(model, builders.batch(3, 10), h2mv_loss(model.scaler).reads, (1, 2))
@@ -103,7 +105,7 @@ def test_a_measurement_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch)
 def test_a_fold_keeps_the_threads_that_were_chosen_first(record: FoldRecord) -> None:
     begun, rates, others = Begun(record, 1, "cpu"), Rates({1: 10.0, 2: 19.0, 4: 20.0}), Rates({})
     first = decided(begun, settings(), LARGE, 4, [facts()], rates)
-    assert (first["threads"], rates.asked) == (2, [(1, 2, 4)])
+    assert (first["threads"], rates.asked) == (2, [((1, 2, 4), Way(compiled=False, recompute=False))])
     kept = record.decisions()
     assert kept is not None
     assert kept["cell_days_a_second"] == {"1": 10.0, "2": 19.0, "4": 20.0}
@@ -111,13 +113,20 @@ def test_a_fold_keeps_the_threads_that_were_chosen_first(record: FoldRecord) -> 
     assert others.asked == []
 
 
+def test_compiled_code_is_tried_where_there_is_much_to_do(record: FoldRecord) -> None:
+    rates, work = Rates({1: 10.0, 2: 19.0, 4: 20.0}), Work(100, WORTH_TRYING["compiled"])
+    found = decided(Begun(record, 1, "cpu"), settings(code_path="auto"), work, 4, [facts()], rates)
+    assert (found["code_path"], found["threads"]) == ("compiled", 2)
+    assert rates.asked == [((1, 2, 4), Way(compiled=True, recompute=False))]
+
+
 @pytest.mark.parametrize(
     ("training", "device", "work", "threads"),
     [
         ({"threads": 3}, "cpu", LARGE, 3),
-        ({"code_path": "compiled"}, "cpu", LARGE, 4),
+        ({"code_path": "compiled"}, "cpu", Work(100, WORTH_TRYING["compiled"] - 1), 4),
         ({}, "cuda", LARGE, 4),
-        ({}, "cpu", Work(100, WORTH_TRYING - 1), 4),
+        ({}, "cpu", Work(100, WORTH_TRYING["eager"] - 1), 4),
     ],
 )
 def test_nothing_is_tried_where_there_is_no_choice(
@@ -146,5 +155,6 @@ def test_real_cells_are_measured(world_url: str, cache: Path) -> None:
     fold = make_folds(staged.grid, chosen.folds)[0]
     scaler = fit_scaler(staged, fold)
     for recompute in (False, True):
-        rates = cell_days_a_second(chosen, staged, fold, scaler, (1, 2), recompute)
+        way = Way(compiled=False, recompute=recompute)
+        rates = cell_days_a_second(chosen, staged, fold, scaler, (1, 2), way)
         assert list(rates) == [1, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Scheduler
 
 from h2mv_dist.cli import app
 from h2mv_dist.config import validate
@@ -19,6 +19,7 @@ from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.tasks import TOPIC
 from h2mv_dist.jobs.training import cancel_jobs, job_id, submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -54,6 +55,24 @@ def test_folds_train_side_by_side_on_whole_gangs(
     metrics = job.fold(1).metrics()
     assert [m["epoch"] for m in metrics] == [1, 2, 3]
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+
+
+def test_steps_cost_no_messages_and_no_tasks(
+    client: Client, world_url: str, cache: Path, tmp_path: Path
+) -> None:
+    counted = []
+    for batch_size in (10, 100):
+        reports, transitions = len(client.get_events(TOPIC)), client.run_on_scheduler(transitions_so_far)
+        fold = train(client, world_url, cache, tmp_path / str(batch_size), batch_size=batch_size, ranks=2)
+        assert len(fold.fold(0).metrics()) == 2
+        now = len(client.get_events(TOPIC)), client.run_on_scheduler(transitions_so_far)
+        counted.append((now[0] - reports, now[1] - transitions))
+    assert counted[0] == counted[1]
+    assert counted[0] > (0, 0)
+
+
+def transitions_so_far(dask_scheduler: Scheduler) -> int:
+    return int(dask_scheduler.transition_counter)
 
 
 @pytest.mark.slow
