@@ -3,7 +3,6 @@
 from typing import Final, NamedTuple
 
 import numpy as np
-from cf_xarray.units import units as cf_units
 from numpy.typing import NDArray
 
 from h2mv_dist.errors import DataError, describe
@@ -11,7 +10,7 @@ from h2mv_dist.io.library import Found
 from h2mv_dist.spec import Float32Array
 from h2mv_dist.variables import variable
 
-_WATER_DENSITY: Final = cf_units.Quantity(1000.0, "kg m-3")
+_WATER_DENSITY: Final = (1000.0, "kg m-3")
 """Turns a mass of water on an area into a depth."""
 
 
@@ -72,8 +71,11 @@ def conversion_between(units: str, ours: str, where: str, fix: str) -> Conversio
 
 
 def _magnitude(value: float, units: str, ours: str) -> float:
-    quantity = cf_units.Quantity(value, cf_units.Unit(units))
+    # takes as long to import as all else that reads a store, and most stores have our units
+    from cf_xarray.units import units as cf_units
+
+    quantity, density = cf_units.Quantity(value, cf_units.Unit(units)), cf_units.Quantity(*_WATER_DENSITY)
     target = cf_units.Unit(ours)
-    if (quantity.units / target).dimensionality == _WATER_DENSITY.dimensionality:
-        quantity = quantity / _WATER_DENSITY
+    if (quantity.units / target).dimensionality == density.dimensionality:
+        quantity = quantity / density
     return float(quantity.to(target).magnitude)
