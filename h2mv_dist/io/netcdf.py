@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import xarray as xr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, StoreError, describe
-from h2mv_dist.grid import Period
+from h2mv_dist.grid import BoolArray, Period
 from h2mv_dist.io.stores import displayed, explained, open_store
 from h2mv_dist.variables import nearest
 
 _COMPRESSION: Final[dict[str, Any]] = {"zlib": True, "complevel": 4, "shuffle": True}
+_STEPS: Final = {"time": "D", "month": "M"}
+"""Time axis -> length of its steps, as numpy calls it."""
 
 
 def write_netcdf(dataset: xr.Dataset, path: Path) -> None:
@@ -24,7 +27,7 @@ def write_netcdf(dataset: xr.Dataset, path: Path) -> None:
         raise StoreError(f"{path} is there already; choose another name, or delete it first")
     # what a Zarr store says of chunks and codecs means nothing to NetCDF
     plain = dataset.drop_encoding()
-    for name in {"time", "time_bnds"} & set(plain.variables):
+    for name in {f"{axis}{end}" for axis in _STEPS for end in ("", "_bnds")} & set(plain.variables):
         plain[name].encoding = {"units": "days since 1970-01-01", "dtype": "int64"}
     floats = [name for name, array in plain.data_vars.items() if array.dtype.kind == "f" and array.ndim]
     part = path.with_name(f".{path.name}.part")
@@ -60,13 +63,13 @@ def select(
     period: Period | None = None,
     box: tuple[float, float, float, float] | None = None,
 ) -> xr.Dataset:
-    """Part of a cube, lazy.
+    """Part of a cube, lazy; chosen variables come with the bounds and cell measures their attributes name.
 
     Args:
         url: of the cube.
         options: of its store.
         variables: names; all if left out.
-        period: days; all if left out.
+        period: days, and the months that lie in it as a whole; all if left out.
         box: (south, north, west, east), degrees; everywhere if left out.
 
     Raises:
@@ -77,18 +80,42 @@ def select(
     for name in variables:
         if name not in cube:
             raise ConfigError(f"the cube has no {name!r}; {nearest(name, tuple(map(str, cube.data_vars)))}")
-    if variables:
-        cube = cube[list(variables)]
-    if period is not None:
-        days = cube["time"].values.astype("datetime64[D]").astype(int)
-        cube = cube.isel(time=(days >= period.first) & (days < period.first + period.n_days))
-    if box is not None:
-        south, north, west, east = box
-        lat, lon = cube["lat"], cube["lon"]
-        inside = {"lat": (lat >= south) & (lat <= north), "lon": (lon >= west) & (lon <= east)}
-        along = {str(c.dims[0]) for c in (lat, lon)}
-        cells = {"cell": inside["lat"] & inside["lon"]} if along == {"cell"} else inside
-        cube = cube.isel({axis: chosen.values for axis, chosen in cells.items()})
-    if 0 in cube.sizes.values():
-        raise ConfigError("nothing of the cube lies in this period and box")
-    return cube
+    part = cube.isel({**_within_period(cube, period), **_within_box(cube, box)})
+    empty = {axis for axis, length in part.sizes.items() if length == 0}
+    # some days without a whole month are no mistake, unless it is months that were asked for
+    part = _only(part, variables) if variables else part.drop_dims(empty & {"month"})
+    if empty - {"month"} or empty & set(part.sizes):
+        raise ConfigError("nothing of the cube lies in this period and box (a month counts as a whole)")
+    return part
+
+
+def _within_period(cube: xr.Dataset, period: Period | None) -> dict[str, BoolArray]:
+    """Time axis -> which of its steps lie in the period from their first day to their last one."""
+    if period is None:
+        return {}
+    steps = {axis: cube[axis].values.astype(f"M8[{unit}]") for axis, unit in _STEPS.items() if axis in cube}
+    start, stop = np.datetime64(period.start), np.datetime64(period.stop)
+    return {axis: (first >= start) & (first + 1 <= stop) for axis, first in steps.items()}
+
+
+def _within_box(cube: xr.Dataset, box: tuple[float, float, float, float] | None) -> dict[str, BoolArray]:
+    """Axis of space -> which of its cells have their centres in the box."""
+    if box is None:
+        return {}
+    south, north, west, east = box
+    lat, lon = cube["lat"], cube["lon"]
+    rows, columns = ((lat >= south) & (lat <= north)).values, ((lon >= west) & (lon <= east)).values
+    return {"cell": rows & columns} if lat.dims == ("cell",) else {"lat": rows, "lon": columns}
+
+
+def _only(cube: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
+    """Some variables, and what CF wants beside them."""
+    arrays = [array for name in names for array in (cube[name], *cube[name].coords.values())]
+    bounds = [array.attrs["bounds"] for array in arrays if "bounds" in array.attrs]
+    # "area: cell_area volume: ..."
+    measures = [name for array in arrays for name in array.attrs.get("cell_measures", "").split()[1::2]]
+    part = cube[list(dict.fromkeys([*names, *bounds, *measures]))]
+    for array in part.data_vars.values():
+        if array.attrs.get("ancillary_variables") not in part:
+            array.attrs.pop("ancillary_variables", None)
+    return part

@@ -3,6 +3,7 @@
 from datetime import date
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 import pytest
 import xarray as xr
@@ -13,6 +14,16 @@ from h2mv_dist.io.netcdf import select, write_netcdf
 from tests.io.cubes import LAYOUTS, CubePlace, basin_layout, fill, map_layout
 
 DAYS = Period(date(2000, 2, 28), date(2000, 3, 2))
+SPRING = Period(date(2000, 1, 15), date(2000, 4, 10))
+NAMING = ("bounds", "cell_measures", "ancillary_variables", "coordinates")
+"""CF attributes that name other variables."""
+
+
+def named_but_missing(path: Path) -> set[str]:
+    """What the variables of a file name that is not there."""
+    with netCDF4.Dataset(path) as file:
+        texts = [getattr(array, name, "") for array in file.variables.values() for name in NAMING]
+        return {w for text in texts for w in text.split() if not w.endswith(":")} - set(file.variables)
 
 
 @pytest.mark.parametrize("name", ["both", "basins"])
@@ -29,15 +40,57 @@ def test_a_file_holds_what_the_cube_holds(name: str, on_disk: CubePlace, tmp_pat
 def test_a_box_and_variables_are_selected(on_disk: CubePlace, tmp_path: Path) -> None:
     fill(on_disk, map_layout())
     part = select(on_disk.url, on_disk.options, variables=("runoff",), box=(85.5, 88.5, 2, 5))
-    assert list(part.data_vars) == ["runoff"]
+    assert set(part.data_vars) == {"runoff", "time_bnds", "lat_bnds", "lon_bnds", "cell_area"}
     np.testing.assert_array_equal(part["lat"], [88, 87, 86])
     np.testing.assert_array_equal(part["lon"], [2.5, 3.5, 4.5])
     write_netcdf(part, tmp_path / "box.nc")
+    assert named_but_missing(tmp_path / "box.nc") == set()
     before = (tmp_path / "box.nc").read_bytes()
     with pytest.raises(StoreError, match="is there already"):
         write_netcdf(part, tmp_path / "box.nc")
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".nc"] == ["box.nc"]
     assert (tmp_path / "box.nc").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "sizes"),
+    [
+        ("runoff", {"time": 43, "lat": 3, "lon": 3, "bnds": 2}),
+        ("runoff_monthly", {"month": 1, "lat": 3, "lon": 3, "bnds": 2}),
+        ("soil_moisture_capacity", {"lat": 3, "lon": 3, "bnds": 2}),
+        ("baseflow_recession", {}),
+        ("", {"time": 43, "month": 1, "lat": 3, "lon": 3, "bnds": 2}),
+    ],
+)
+def test_days_and_a_box_are_cut_whatever_the_variable(
+    variable: str, sizes: dict[str, int], on_disk: CubePlace, tmp_path: Path
+) -> None:
+    fill(on_disk, map_layout(period=SPRING, monthly=("runoff",)))
+    part = select(
+        on_disk.url,
+        on_disk.options,
+        variables=(variable,) if variable else (),
+        period=Period(date(2000, 2, 1), date(2000, 3, 15)),
+        box=(85.5, 88.5, 2, 5),
+    )
+    assert part.sizes == sizes
+    write_netcdf(part, tmp_path / "part.nc")
+    assert named_but_missing(tmp_path / "part.nc") == set()
+    with xr.open_dataset(tmp_path / "part.nc") as file:
+        xr.testing.assert_equal(file.load(), part.load())
+        if "month" in sizes:
+            bounds = np.array([["2000-02-01", "2000-03-01"]], "M8[ns]")
+            np.testing.assert_array_equal(file["month"], bounds[:, 0])
+            np.testing.assert_array_equal(file["month_bnds"], bounds)
+
+
+def test_some_days_without_a_whole_month(on_disk: CubePlace) -> None:
+    fill(on_disk, map_layout(period=SPRING, monthly=("runoff",)))
+    days = Period(date(2000, 2, 1), date(2000, 2, 29))
+    assert "runoff_monthly" not in select(on_disk.url, on_disk.options, period=days)
+    assert select(on_disk.url, on_disk.options, variables=("runoff",), period=days).sizes["time"] == 28
+    with pytest.raises(ConfigError, match="a month counts as a whole"):
+        select(on_disk.url, on_disk.options, variables=("runoff_monthly",), period=days)
 
 
 def test_basins_lie_in_a_box(on_disk: CubePlace) -> None:
@@ -52,6 +105,7 @@ def test_basins_lie_in_a_box(on_disk: CubePlace) -> None:
         ({"variables": ("runof",)}, "did you mean 'runoff'"),
         ({"box": (10.0, 20.0, 0.0, 9.0)}, "nothing of the cube"),
         ({"period": Period(date(1999, 1, 1), date(1999, 2, 1))}, "nothing of the cube"),
+        ({"variables": ("soil_moisture_capacity",), "box": (10.0, 20.0, 0.0, 9.0)}, "nothing of the cube"),
     ],
 )
 def test_what_is_not_there_is_said(on_disk: CubePlace, selection: dict[str, object], message: str) -> None:
