@@ -70,7 +70,7 @@ def run(
     tiles = _tiles(source.grid, box, cells)
     ensemble = Ensemble([member.build_model() for member in members], torch.device("cpu"))
     parts = [_run_tile(source, spec, ensemble, tile, days, chosen) for tile in tiles]
-    whole = parts[0] if cells is None else xr.concat(parts, "cell")
+    whole = parts[0] if cells is None else _as_cells(parts, source.grid.dims)
     constants = [name for name in spec.constants if name in chosen]
     for name, values in constants_of(ensemble, source, constants).items():
         whole[name] = ("member", values, variable(name).cf_attributes())
@@ -201,17 +201,18 @@ def _run_tile(
         carried, values = simulation.step(block, batch, carried)
         found.append(values)
     land = source.grid.mask[tile.slices]
-    single = tile.shape == (1,) * len(tile.shape)
-    space = () if single else source.grid.dims
     variables = {}
     for name, axes, packed in _joined(found):
         full = np.full((*packed.shape[:-1], *land.shape), np.nan, np.float32)
         full[..., land] = packed
-        shaped = full.reshape(packed.shape[:-1]) if single else full
-        variables[name] = ((*axes, *space), shaped, variable(name).cf_attributes())
-    return xr.Dataset(
-        variables, _coordinates(source.grid, tile, days.period, single), {"Conventions": "CF-1.11"}
-    )
+        variables[name] = ((*axes, *source.grid.dims), full, variable(name).cf_attributes())
+    return xr.Dataset(variables, _coordinates(source.grid, tile, days.period), {"Conventions": "CF-1.11"})
+
+
+def _as_cells(parts: Sequence[xr.Dataset], space: tuple[str, ...]) -> xr.Dataset:
+    """Tiles of one cell each, side by side."""
+    single = [part.isel(dict.fromkeys(space, 0)) for part in parts]
+    return xr.concat(single, "cell").transpose(..., "cell")
 
 
 def _joined(found: Sequence[Values]) -> Iterator[tuple[str, tuple[str, ...], Float32Array]]:
@@ -221,9 +222,7 @@ def _joined(found: Sequence[Values]) -> Iterator[tuple[str, tuple[str, ...], Flo
         yield name, ("member",), once
 
 
-def _coordinates(grid: Grid, tile: Tile, period: Period, single: bool) -> dict[str, Any]:
+def _coordinates(grid: Grid, tile: Tile, period: Period) -> dict[str, Any]:
     time = ("time", period.days().astype("datetime64[D]").astype("datetime64[ns]"))
     lat, lon = grid.lat[tile.slices[0]], grid.lon[tile.slices[-1]]
-    if single:
-        return {"time": time, "lat": float(lat[0]), "lon": float(lon[0])}
-    return {"time": time, "lat": ("lat", lat), "lon": ("lon", lon)}
+    return {"time": time, "lat": (grid.dims[0], lat), "lon": (grid.dims[-1], lon)}

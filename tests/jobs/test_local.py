@@ -62,12 +62,32 @@ def test_some_cells_of_one_model(cube: xr.Dataset, world_url: str, job: str) -> 
         spinup_days=40,
         outputs=["runoff", "soil_moisture_capacity", "baseflow_recession"],
     )
-    assert found["runoff"].dims == ("cell", "time")
+    assert found["runoff"].dims == ("time", "cell")
     assert set(found.data_vars) == {"runoff", "soil_moisture_capacity", "baseflow_recession"}
     for k, (i, j) in enumerate(land):
         expected = cube["runoff"].values[0, :, i, j]
-        np.testing.assert_allclose(found["runoff"].values[k], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found["runoff"].values[:, k], expected, rtol=1e-5, atol=1e-6)
         assert float(found["lat"][k]) == float(cube["lat"][i])
+
+
+def test_box_or_cells_decide_the_axes_not_the_number_of_cells(
+    cube: xr.Dataset, world_url: str, job: str
+) -> None:
+    i, j = np.argwhere(cube["land_mask"].values)[3]
+    lat, lon = float(cube["lat"][i]), float(cube["lon"][j])
+    chosen: dict[str, Any] = {
+        "period": DAYS,
+        "spinup_days": 40,
+        "outputs": ["runoff", "soil_moisture_capacity"],
+    }
+    box = h2mv_dist.run(job, world_url, box=(lat - 1, lat + 1, lon - 1, lon + 1), **chosen)
+    assert box["runoff"].dims == ("member", "time", "lat", "lon")
+    assert box.sizes == {"member": 2, "time": 60, "lat": 1, "lon": 1}
+    assert (float(box["lat"][0]), float(box["lon"][0])) == (lat, lon)
+    cell = h2mv_dist.run(job, world_url, cells=[(lat, lon)], **chosen)
+    assert cell["runoff"].dims == ("member", "time", "cell")
+    assert cell["soil_moisture_capacity"].dims == ("member", "cell")
+    np.testing.assert_array_equal(cell["runoff"].values, box["runoff"].values[..., 0])
 
 
 @pytest.mark.parametrize(
