@@ -20,6 +20,8 @@ import s3fs
 from h2mv_dist.config import StorageOptions
 
 ACCESS_KEY = "testkey"
+READERS_KEY = "readerskey"
+"""Of a user who may list and read, but not write; with the same secret."""
 SECRET = "testsecret-canary"
 _START_SECONDS = 60.0
 
@@ -85,13 +87,16 @@ def running_server(folder: Path, memory: str = "256MiB") -> Iterator[S3Server]:
 
 
 def server_command(folder: Path, port: int) -> list[str]:
-    identity = {
-        "name": "t",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    actions = {
+        ACCESS_KEY: ["Admin", "Read", "Write", "List", "Tagging"],
+        READERS_KEY: ["Read", "List"],
     }
+    identities = [
+        {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": allowed}
+        for key, allowed in actions.items()
+    ]
     config = folder / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     weed = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
     return [
         *(weed, "-logtostderr", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"),

@@ -114,7 +114,7 @@ def _diagnose(error: Exception, *, local: bool) -> _Diagnosis:
             "nothing is stored there", "an existing bucket and object", "check the URL for a typing error"
         )
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        fix = "check the rights of this user" if local else "check key and secret in storage_options"
+        fix = "check the rights of this user" if local else _access_fix(answer)
         return _Diagnosis("access to the store was refused", "the right to read or write there", fix)
     if isinstance(error, TimeoutError | ConnectionError) or _UNREACHABLE.search(type(error).__name__):
         return _Diagnosis(
@@ -123,6 +123,15 @@ def _diagnose(error: Exception, *, local: bool) -> _Diagnosis:
             "check that the server runs and that endpoint_url in storage_options names it",
         )
     return _Diagnosis("the store failed", "a complete answer", "see the reason above")
+
+
+def _access_fix(answer: Answer | None) -> str:
+    if answer is not None and answer.code == "AccessDenied":
+        return (
+            "have the user of this key given the rights to list, read and write there, "
+            "or name another key in storage_options"
+        )
+    return "check key and secret in storage_options, and the rights they give"
 
 
 def _without_secrets(text: str, options: StorageOptions) -> str:

@@ -24,6 +24,7 @@ from h2mv_dist.errors import StoreError
 from h2mv_dist.io import stores
 from tests.conftest import SECRET, Place, ProxiedS3, S3Server, new_place, storage_options
 from tests.fault_proxy import Fault
+from tests.seaweed import READERS_KEY
 
 NO_OPTIONS = StorageOptions()
 
@@ -160,6 +161,21 @@ def test_wrong_credentials_are_named_but_never_shown(s3_server: S3Server, key: s
     with pytest.raises(StoreError, match="refused") as caught:
         stores.put_object(stores.join(url, "a"), b"x", options)
     assert_silent(caught.value, secret, "wrong-key-canary")
+
+
+def test_who_may_only_read_is_told_that_rights_are_missing(s3_server: S3Server, s3_bucket: str) -> None:
+    url, readers = stores.join(s3_bucket, "readers", "a"), storage_options(s3_server.endpoint, READERS_KEY)
+    stores.put_object(url, b"old", s3_server.options)
+    found = stores.get_versioned(url, readers)
+    assert found is not None
+    refused = r"access to the store was refused(.|\n)*given the rights"
+    with pytest.raises(StoreError, match=refused):
+        stores.put_object(url, b"new", readers)
+    with pytest.raises(StoreError, match=refused):
+        stores.swap_object(url, b"new", found.version, readers)
+    with pytest.raises(StoreError, match=refused):
+        stores.delete_tree(url, readers)
+    assert stores.get_object(url, readers) == b"old"
 
 
 def test_an_unreachable_endpoint_is_named_but_no_secret_is() -> None:
