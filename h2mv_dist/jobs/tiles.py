@@ -178,7 +178,7 @@ class _TileRun:
         with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
             stretch = _Stretch(self.context, self.tile, gap.start, writer)
             for block, batch in self.simulation.blocks(gap):
-                carried, values = self.simulation.step(block, batch, carried)
+                carried, values = self.simulation.step(block, batch, carried, stretch.look_after)
                 stretch.write(block, batch, values)
                 if block.stop in ends:
                     stretch.finish(carried)
@@ -187,7 +187,10 @@ class _TileRun:
 
 
 class _Stretch:
-    """Days of a tile that get one receipt; while a block computes, the one before is written."""
+    """Days of a tile that get one receipt; while a block computes, the one before is written.
+
+    A write that fails ends the block that is being computed, between two of its parts.
+    """
 
     def __init__(self, context: TileContext, tile: Tile, start: date, writer: ThreadPoolExecutor) -> None:
         self.context, self.tile, self.start, self.writer = context, tile, start, writer
@@ -228,6 +231,11 @@ class _Stretch:
         for month, means in values.months.items() if self.context.plan.layout.monthly else ():
             self.months.append(self.context.cube.write_month(self.tile, month, means))
         return self.context.cube.write(self.tile, block, values.daily)
+
+    def look_after(self) -> None:
+        """Raise what has become of the block before, if its writing has ended."""
+        if self.writing is not None and self.writing.done():
+            self._wait()
 
     def _wait(self) -> None:
         if self.writing is not None:

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dask.config import get
 
-from h2mv_dist.errors import JobError
+from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.io import tile_forcing
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.jobs.cube_plan import FIRST_USE_BYTES
 from h2mv_dist.jobs.tiles import compute_tile, finish_cube
+from h2mv_dist.model.base import State
+from h2mv_dist.model.ensemble import Ensemble
 from tests.conftest import Place
 from tests.io.counting import chunk_reads, counting_place, forget_reads
 from tests.jobs.tiles import NO_OPTIONS, Sizes, context, plan, write_data
@@ -102,6 +106,33 @@ def test_a_cube_is_not_finished_without_all_receipts(tmp_path: Path) -> None:
     compute_tile(tiles, first)
     finish_cube(tiles)
     assert verify_cube(tiles.cube.url, NO_OPTIONS).complete
+
+
+def test_a_write_that_fails_ends_the_block_that_is_being_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(n_days=640, shard_days=320)
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    computed = 0
+
+    def slowly(ensemble: Ensemble, *arguments: Any) -> State:
+        nonlocal computed
+        computed += 1
+        time.sleep(0.1)
+        return run(ensemble, *arguments)
+
+    run = Ensemble.run
+    monkeypatch.setattr(Ensemble, "run", slowly)
+    compute_tile(context(planned, str(tmp_path / "whole.zarr")), planned.layout.tiles[0])
+    whole, computed = computed, 0
+    broken = context(planned, str(tmp_path / "broken.zarr"))
+    (tmp_path / "broken.zarr" / "runoff" / "c").write_text("in the way of its shards")
+    with pytest.raises(StoreError, match="runoff"):
+        compute_tile(broken, planned.layout.tiles[0])
+    assert whole == PASSES * 10, "two blocks of five parts a pass"
+    assert whole - 5 < computed < whole, "the last block was begun, and not computed to its end"
+    assert not list(broken.ledger.covered())
 
 
 MEASURE = """
