@@ -73,7 +73,8 @@ class FaultProxy:
     Attributes:
         requests: requests seen, by method.
         faults: faults served, by kind.
-        body_bytes: bytes of successful GET bodies sent, by path (``/bucket/key``).
+        puts: PUTs that were carried out, by path (``/bucket/key``).
+        body_bytes: bytes of successful GET bodies sent, by path.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -92,6 +93,7 @@ class FaultProxy:
         with self._lock:
             self.requests: Counter[str] = Counter()
             self.faults: Counter[str] = Counter()
+            self.puts: Counter[str] = Counter()
             self.body_bytes: Counter[str] = Counter()
             self._plans: list[_Plan] = []
             self._shares = _Shares()
@@ -175,6 +177,9 @@ class FaultProxy:
         answer = await _read_head(upstream)
         while 100 <= answer.status < 200:
             answer = await _read_head(upstream)
+        if request.method == "PUT" and answer.status < 300:
+            with self._lock:
+                self.puts[request.path] += 1
         if fault == "lose":
             async for _ in _body_pieces(request, answer, upstream):
                 pass

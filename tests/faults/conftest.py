@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from h2mv_dist.config import Settings, as_toml, to_json
+from h2mv_dist.config import Settings, StorageOptions, as_toml, to_json
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import make_world
@@ -120,13 +120,14 @@ def train(
         yield client
 
 
-def settings_file(tmp_path: Path, settings: Settings) -> str:
-    """The sections that matter here, as TOML."""
+def settings_file(tmp_path: Path, settings: Settings, options: StorageOptions = NO_OPTIONS) -> str:
+    """The sections that matter here, and the options of stores, as TOML."""
     file = tmp_path / "settings.toml"
+    sections = {name: to_json(settings)[name] for name in ("data", "folds", "model", "training", "inference")}
+    sections |= {f"storage_options.{protocol}": chosen for protocol, chosen in options.items()}
     lines = []
-    for section, values in to_json(settings).items():
-        if section in ("data", "folds", "model", "training", "inference"):
-            chosen = {k: v for k, v in values.items() if v is not None and not isinstance(v, dict)}
-            lines += [f"[{section}]", *(f"{key} = {as_toml(value)}" for key, value in chosen.items())]
+    for section, values in sections.items():
+        chosen = {k: v for k, v in values.items() if v is not None and not isinstance(v, dict)}
+        lines += [f"[{section}]", *(f"{key} = {as_toml(value)}" for key, value in chosen.items())]
     file.write_text("\n".join(lines))
     return str(file)

@@ -2,40 +2,43 @@
 
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
+import s3fs
 import xarray as xr
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions
-from h2mv_dist.errors import JobError
+from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import ledger_url
 from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import get_object, join, list_objects
-from h2mv_dist.jobs.handle import JobHandle
+from h2mv_dist.jobs.handle import JobHandle, running
 from h2mv_dist.jobs.inference import submit_inference
-from h2mv_dist.jobs.training import submit_training
+from h2mv_dist.jobs.training import job_id, submit_training
 from tests.conftest import ProxiedS3, S3Server, free_port, storage_options
 from tests.fault_proxy import FaultProxy
-from tests.faults.processes import DaskProcesses, send
+from tests.faults.conftest import settings_file
+from tests.faults.processes import DaskProcesses, is_alive, send
 from tests.jobs.conftest import NO_OPTIONS, small_settings
-from tests.jobs.processes import wait_until
-from tests.seaweed import server_command, wait_for_server
+from tests.jobs.processes import program, wait_until
+from tests.seaweed import READERS_KEY, server_command, wait_for_server
 
 pytestmark = [pytest.mark.slow]
 
 SHARE = 0.2
 DAYS = "2001-01-01..2001-03-02"
+LONGER = "2001-01-01..2001-04-21"
 FINE = {
     "tile": [6, 6],
     "shard": [6, 6],
@@ -53,8 +56,8 @@ FINE = {
 """More than ten tiles of six blocks."""
 
 
-def settings_of(url: str, cache: Path, days: str = DAYS, **inference: Any) -> Settings:
-    return small_settings(url, cache, data={"url": url, "period": days}, inference={**FINE, **inference})
+def settings_of(url: str, cache: Path, days: str = DAYS) -> Settings:
+    return small_settings(url, cache, data={"url": url, "period": days}, inference=FINE)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +77,7 @@ def start(
     settings: Settings,
     job: str,
     cube: str,
-    options: StorageOptions = NO_OPTIONS,
+    options: StorageOptions,
     *,
     append: bool = False,
 ) -> JobHandle:
@@ -90,7 +93,7 @@ class Made:
     objects: dict[str, str]
 
     @staticmethod
-    def at(cube: str, options: StorageOptions = NO_OPTIONS) -> "Made":
+    def at(cube: str, options: StorageOptions) -> "Made":
         return Made({n: _sha(get_object(join(cube, n), options)) for n in list_objects(cube, options)})
 
 
@@ -98,25 +101,49 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(
-    steady: DaskProcesses, world_url: str, cache: Path, trained: str, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
-    cube = str(tmp_path_factory.mktemp("undisturbed") / "cube.zarr")
-    with steady.client() as client:
-        start(client, settings_of(world_url, cache), trained, cube).wait()
-    assert verify_cube(cube, NO_OPTIONS).complete
-    return Made.at(cube)
+@pytest.fixture
+def cube(s3_bucket: str) -> str:
+    """URL where nothing is yet."""
+    return new_url(s3_bucket)
+
+
+def new_url(bucket: str) -> str:
+    return f"{bucket}/faults/{uuid.uuid4().hex}/cube.zarr"
 
 
 @pytest.fixture(scope="session")
-def undisturbed_on_s3(
-    steady: DaskProcesses, s3_world: str, s3_server: S3Server, s3_bucket: str, cache: Path, trained: str
-) -> Made:
-    cube = f"{s3_bucket}/faults/{uuid.uuid4().hex}/cube.zarr"
+def settings(s3_world: str, cache: Path) -> Settings:
+    return settings_of(s3_world, cache)
+
+
+@pytest.fixture(scope="session")
+def longer(s3_world: str, cache: Path) -> Settings:
+    return settings_of(s3_world, cache, LONGER)
+
+
+@pytest.fixture(scope="session")
+def whole(
+    steady: DaskProcesses, s3_server: S3Server, s3_bucket: str, settings: Settings, trained: str
+) -> str:
+    """URL of a cube that nothing disturbed; nobody writes to it any more."""
+    cube = new_url(s3_bucket)
     with steady.client() as client:
-        start(client, settings_of(s3_world, cache), trained, cube, s3_server.options).wait()
-    return Made.at(cube, s3_server.options)
+        start(client, settings, trained, cube, s3_server.options).wait()
+    assert verify_cube(cube, s3_server.options).complete
+    return cube
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole: str, s3_server: S3Server) -> Made:
+    return Made.at(whole, s3_server.options)
+
+
+def copied(cube: str, options: StorageOptions) -> str:
+    """A cube with its receipts and snapshots, once more beside it."""
+    copy, name = new_url(cube.partition("/faults/")[0]), "cube.zarr"
+    filesystem = s3fs.S3FileSystem(**options["s3"])
+    filesystem.copy(cube.removesuffix(name), copy.removesuffix(name), recursive=True)
+    return copy
 
 
 def lose_replies(proxy: FaultProxy) -> None:
@@ -143,128 +170,199 @@ def test_an_object_store_fails_now_and_then(
     kind: str,
     at_least: int,
     steady: DaskProcesses,
-    cache: Path,
+    settings: Settings,
     trained: str,
-    undisturbed_on_s3: Made,
+    undisturbed: Made,
+    cube: str,
     s3_server: S3Server,
-    s3_bucket: str,
-    s3_world: str,
     fault_proxy: ProxiedS3,
 ) -> None:
-    cube = f"{s3_bucket}/faults/{uuid.uuid4().hex}/cube.zarr"
     break_it(fault_proxy.proxy)
     with steady.client() as client:
-        status = start(client, settings_of(s3_world, cache), trained, cube, fault_proxy.options).wait()
+        status = start(client, settings, trained, cube, fault_proxy.options).wait()
     assert fault_proxy.proxy.faults[kind] >= at_least
     assert {unit["attempt"] for unit in status["units"]} == {1}
-    assert Made.at(cube, s3_server.options) == undisturbed_on_s3
+    assert Made.at(cube, s3_server.options) == undisturbed
 
 
 def test_a_full_store_is_waited_for(
     steady: DaskProcesses,
-    cache: Path,
+    settings: Settings,
     trained: str,
-    undisturbed_on_s3: Made,
+    undisturbed: Made,
+    cube: str,
     s3_server: S3Server,
-    s3_bucket: str,
-    s3_world: str,
     fault_proxy: ProxiedS3,
 ) -> None:
-    cube = f"{s3_bucket}/faults/{uuid.uuid4().hex}/cube.zarr"
     with steady.client() as client:
-        handle = start(client, settings_of(s3_world, cache), trained, cube, fault_proxy.options)
+        handle = start(client, settings, trained, cube, fault_proxy.options)
         some_receipts(cube, s3_server.options)
         fault_proxy.proxy.share({"full": 1.0}, methods=("PUT", "POST"))
         wait_until(lambda: fault_proxy.proxy.faults["full"] >= 4, "writes that are refused", seconds=60)
         fault_proxy.proxy.share({})
         handle.wait()
-    assert Made.at(cube, s3_server.options) == undisturbed_on_s3
+    assert Made.at(cube, s3_server.options) == undisturbed
 
 
-def some_receipts(cube: str, options: StorageOptions = NO_OPTIONS, more_than: int = 0) -> int:
-    """Wait until some, but not all, of the tiles have their receipts."""
+def some_receipts(cube: str, options: StorageOptions, more_than: int = 0) -> int:
+    """Wait until some, but not all, of the tiles have their receipts; how many have."""
     ledger = ledger_url(cube)
-    wait_until(lambda: len(list_objects(ledger, options)) > more_than, "a receipt", seconds=120)
+    wait_until(lambda: len(list_objects(ledger, options)) > more_than, "a receipt", seconds=300)
     return len(list_objects(ledger, options))
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_tile(
-    own: DaskProcesses, world_url: str, cache: Path, trained: str, undisturbed: Made, tmp_path: Path
+    own: DaskProcesses,
+    settings: Settings,
+    trained: str,
+    undisturbed: Made,
+    cube: str,
+    s3_server: S3Server,
+    fault_proxy: ProxiedS3,
 ) -> None:
-    cube = str(tmp_path / "cube.zarr")
     with own.client() as client:
-        handle = start(client, settings_of(world_url, cache), trained, cube)
-        some_receipts(cube)
-        done = len(list_objects(ledger_url(cube), NO_OPTIONS))
+        handle = start(client, settings, trained, cube, fault_proxy.options)
+        done = some_receipts(cube, s3_server.options)
         os.kill(own.workers["w0"].process.pid, signal.SIGKILL)
         status = handle.wait()
     tiles = [unit for unit in status["units"] if unit["name"] != "finish"]
     assert 0 < done < len(tiles)
     assert max(unit["attempt"] for unit in tiles) >= 2, "a tile was being computed"
-    assert Made.at(cube) == undisturbed
+    assert Made.at(cube, s3_server.options) == undisturbed
+
+
+def test_a_killed_client_loses_nothing(
+    steady: DaskProcesses,
+    settings: Settings,
+    trained: str,
+    whole: str,
+    undisturbed: Made,
+    cube: str,
+    s3_server: S3Server,
+    fault_proxy: ProxiedS3,
+    tmp_path: Path,
+) -> None:
+    """Its cluster is its own, and ends with it."""
+    file, log = settings_file(tmp_path, settings, fault_proxy.options), tmp_path / "log"
+    command = (sys.executable, "-m", "h2mv_dist.cli", "infer", file, "--job", trained, "--cube", cube)
+    with program(log, command, {}) as client:
+        some_receipts(cube, s3_server.options)
+        workers = psutil.Process(client.pid).children(recursive=True)
+        client.kill()
+        # by themselves, once their scheduler is gone
+        wait_until(lambda: not any(map(is_alive, workers)), "the end of all workers", log)
+    kept = Made.at(ledger_url(cube), s3_server.options).objects
+    assert 0 < len(kept) < len(list_objects(ledger_url(whole), s3_server.options)), log.read_text()
+    with steady.client() as dask:
+        start(dask, settings, trained, cube, fault_proxy.options).wait()
+    receipts = Made.at(ledger_url(cube), s3_server.options).objects
+    assert {name: receipts[name] for name in kept} == kept, "finished tiles were not redone"
+    assert Made.at(cube, s3_server.options) == undisturbed
 
 
 def test_a_straggler_and_its_successor_write_the_same(
     steady: DaskProcesses,
     own: DaskProcesses,
-    world_url: str,
-    cache: Path,
+    settings: Settings,
     trained: str,
     undisturbed: Made,
-    tmp_path: Path,
+    cube: str,
+    s3_server: S3Server,
+    fault_proxy: ProxiedS3,
 ) -> None:
-    """Two clusters that know nothing of each other fill the same cube at the same time."""
-    cube = str(tmp_path / "cube.zarr")
+    """Two clusters that know nothing of each other fill the same cube; one hangs in its tiles."""
+    proxy, options = fault_proxy.proxy, fault_proxy.options
+    proxy.stall_seconds = 5.0
+    proxy.plan("stall", 2, "PUT", "/runoff/c/")
     with steady.client() as one, own.client() as other:
-        handles = [start(client, settings_of(world_url, cache), trained, cube) for client in (one, other)]
-        for handle in handles:
-            handle.wait()
-    assert verify_cube(cube, NO_OPTIONS).complete
-    assert Made.at(cube) == undisturbed
+        straggler = start(other, settings, trained, cube, options)
+        wait_until(lambda: proxy.faults["stall"] == 2, "writes that hang", seconds=120)
+        start(one, settings, trained, cube, options).wait()
+        straggler.wait()
+    assert [path for path, times in proxy.puts.items() if "/runoff/c/" in path and times > 1]
+    assert verify_cube(cube, s3_server.options).complete
+    assert Made.at(cube, s3_server.options) == undisturbed
 
 
 def test_a_second_run_on_the_same_cluster_is_refused(
-    steady: DaskProcesses, world_url: str, cache: Path, trained: str, tmp_path: Path
+    steady: DaskProcesses,
+    settings: Settings,
+    trained: str,
+    undisturbed: Made,
+    cube: str,
+    s3_server: S3Server,
 ) -> None:
-    cube = str(tmp_path / "cube.zarr")
     with steady.client() as client:
-        handle = start(client, settings_of(world_url, cache), trained, cube)
+        handle = start(client, settings, trained, cube, s3_server.options)
         with pytest.raises(JobError, match="already running"):
-            start(client, settings_of(world_url, cache), trained, cube)
+            start(client, settings, trained, cube, s3_server.options)
         handle.wait()
+    assert Made.at(cube, s3_server.options) == undisturbed
 
 
 def test_a_crash_in_an_append_leaves_the_old_days_readable(
-    steady: DaskProcesses, world_url: str, cache: Path, trained: str, tmp_path: Path
+    steady: DaskProcesses,
+    longer: Settings,
+    trained: str,
+    whole: str,
+    s3_server: S3Server,
+    fault_proxy: ProxiedS3,
+    tmp_path: Path,
 ) -> None:
-    longer, cube = "2001-01-01..2001-04-21", str(tmp_path / "cube.zarr")
+    options = s3_server.options
+    cube, appended = copied(whole, options), copied(whole, options)
     with steady.client() as client:
-        start(client, settings_of(world_url, cache), trained, cube).wait()
-        shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-whole")
-        whole = str(tmp_path.parent / f"{tmp_path.name}-whole" / "cube.zarr")
-        start(client, settings_of(world_url, cache, longer), trained, whole, append=True).wait()
-    with xr.open_zarr(cube, chunks=None) as opened:
-        old = opened["runoff"].load()
-    n_receipts = len(list_objects(ledger_url(cube), NO_OPTIONS))
-    with DaskProcesses(tmp_path.parent / f"{tmp_path.name}-dask") as doomed:
+        start(client, longer, trained, appended, options, append=True).wait()
+    n_receipts = len(list_objects(ledger_url(cube), options))
+    with DaskProcesses(tmp_path) as doomed:
         doomed.start_scheduler()
         doomed.start_worker("w0")
         doomed.wait_for_workers(1)
         with doomed.client() as client:
-            start(client, settings_of(world_url, cache, longer), trained, cube, append=True)
-            some_receipts(cube, more_than=n_receipts)
+            start(client, longer, trained, cube, fault_proxy.options, append=True)
+            some_receipts(cube, options, more_than=n_receipts)
             assert doomed.scheduler is not None
             families = [doomed.scheduler, doomed.workers["w0"].nanny, doomed.workers["w0"].process]
             send(signal.SIGKILL, families)
-    new = len(list_objects(ledger_url(cube), NO_OPTIONS)) - n_receipts
+    new = len(list_objects(ledger_url(cube), options)) - n_receipts
     assert 0 < new < n_receipts, "some tiles were appended to, and some not"
-    with xr.open_zarr(cube, chunks=None) as opened:
-        assert opened.sizes["time"] == 60
-        xr.testing.assert_identical(opened["runoff"].load(), old)
+    xr.testing.assert_identical(runoff(cube, options), runoff(whole, options))
     with steady.client() as client:
-        start(client, settings_of(world_url, cache, longer), trained, cube, append=True).wait()
-    assert Made.at(cube) == Made.at(whole)
-    assert Made.at(snapshots_url(cube)) == Made.at(snapshots_url(whole))
+        start(client, longer, trained, cube, options, append=True).wait()
+    assert Made.at(cube, options) == Made.at(appended, options)
+    assert Made.at(snapshots_url(cube), options) == Made.at(snapshots_url(appended), options)
+
+
+def runoff(cube: str, options: StorageOptions) -> xr.DataArray:
+    """As a reader sees it."""
+    with xr.open_zarr(cube, chunks=None, storage_options=dict(options["s3"])) as opened:
+        loaded: xr.DataArray = opened["runoff"].load()
+        return loaded
+
+
+def test_a_store_that_may_only_be_read_is_told_before_anything_is_computed(
+    steady: DaskProcesses,
+    settings: Settings,
+    longer: Settings,
+    trained: str,
+    whole: str,
+    undisturbed: Made,
+    cube: str,
+    s3_server: S3Server,
+) -> None:
+    readers = storage_options(s3_server.endpoint, READERS_KEY)
+    refused = r"access to the store was refused(.|\n)*given the rights"
+    receipts = Made.at(ledger_url(whole), s3_server.options)
+    with steady.client() as client:
+        with pytest.raises(StoreError, match=refused):
+            start(client, settings, trained, cube, readers)
+        with pytest.raises(StoreError, match=refused):
+            start(client, longer, trained, whole, readers, append=True)
+        assert running(client, job_id("infer", cube)) is None
+        assert running(client, job_id("infer", whole)) is None
+    assert not list_objects(cube, s3_server.options)
+    assert Made.at(ledger_url(whole), s3_server.options) == receipts
+    assert Made.at(whole, s3_server.options) == undisturbed, "it is as long as it was"
 
 
 def test_the_object_store_is_killed_and_comes_back(
@@ -318,26 +416,24 @@ class Server:
 
 def test_credentials_that_expire_stop_the_run_and_new_ones_go_on(
     steady: DaskProcesses,
-    cache: Path,
+    settings: Settings,
     trained: str,
-    undisturbed_on_s3: Made,
+    undisturbed: Made,
+    cube: str,
     s3_server: S3Server,
-    s3_bucket: str,
-    s3_world: str,
     fault_proxy: ProxiedS3,
 ) -> None:
-    cube = f"{s3_bucket}/faults/{uuid.uuid4().hex}/cube.zarr"
     with steady.client() as client:
-        handle = start(client, settings_of(s3_world, cache), trained, cube, fault_proxy.options)
+        handle = start(client, settings, trained, cube, fault_proxy.options)
         done = some_receipts(cube, s3_server.options)
         fault_proxy.proxy.share({"expired": 1.0})
-        with pytest.raises(JobError, match="access to the store was refused"):
+        with pytest.raises(JobError, match=r"^[-_0-9]+ \(attempt.*access to the store was refused"):
             handle.wait()
         fault_proxy.proxy.share({})
         ledger = ledger_url(cube)
         kept = Made.at(ledger, s3_server.options).objects
         assert len(kept) >= done
-        start(client, settings_of(s3_world, cache), trained, cube, s3_server.options).wait()
+        start(client, settings, trained, cube, s3_server.options).wait()
     after = Made.at(ledger, s3_server.options).objects
     assert {name: after[name] for name in kept} == kept, "finished tiles were not redone"
-    assert Made.at(cube, s3_server.options) == undisturbed_on_s3
+    assert Made.at(cube, s3_server.options) == undisturbed

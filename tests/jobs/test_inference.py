@@ -2,12 +2,7 @@
 
 import hashlib
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +18,7 @@ from h2mv_dist import cli
 from h2mv_dist.config import Settings, load, to_json
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
 from h2mv_dist.io.cube_check import verify_cube
-from h2mv_dist.io.ledger import Ledger, ledger_url
+from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.jobs.cube_plan import plan_from_message, plan_inference
 from h2mv_dist.jobs.inference import start_inference, submit_inference, warn_of_split_chunks
 from h2mv_dist.jobs.records import JobFolder
@@ -115,77 +110,6 @@ def test_members_give_mean_and_spread(
             np.testing.assert_allclose(spread[name], mean, rtol=1e-5)
             std = every[name].std("member", skipna=False)
             np.testing.assert_allclose(spread[f"{name}_spread"], std, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_killed_client_loses_nothing(
-    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
-) -> None:
-    fine = {"tile": [3, 6], "shard": [3, 6], "chunk": [3, 6], "outputs": ["runoff", "soil_moisture"]}
-    settings = small_settings(world_url, cache, inference=fine)
-    infer(client, settings, job, tmp_path / "undisturbed.zarr")
-    cube = tmp_path / "cube.zarr"
-    total = len(contents(Path(ledger_url(str(tmp_path / "undisturbed.zarr")))))
-    _run_and_kill(settings, job, cube)
-    kept = contents(Path(ledger_url(str(cube))))
-    assert 0 < len(kept) < total
-    infer(client, settings, job, cube)
-    receipts = contents(Path(ledger_url(str(cube))))
-    assert {name: receipts[name] for name in kept} == kept, "finished tiles were not redone"
-    assert contents(cube) == contents(tmp_path / "undisturbed.zarr")
-
-
-def _run_and_kill(settings: Settings, job: str, cube: Path) -> None:
-    """Start ``h2mv-dist infer`` with its own cluster, and kill it when a few tiles are done."""
-    file = cube.parent / "settings.toml"
-    file.write_text(_toml(settings))
-    command = [sys.executable, "-m", "h2mv_dist.cli", "infer", str(file), "--job", job, "--cube", str(cube)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    ledger = Path(ledger_url(str(cube)))
-    deadline = time.monotonic() + 120
-    while len(list(ledger.rglob("*.json"))) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    _wait_until_quiet(process.pid)
-
-
-def _wait_until_quiet(session: int) -> None:
-    """Workers end by themselves once their scheduler is gone."""
-    deadline = time.monotonic() + 60
-    while _members(session):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def _members(session: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def _toml(settings: Settings) -> str:
-    lines = []
-    for section, values in settings.model_dump(mode="json", exclude_none=True).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    return "\n".join(lines)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(v) for v in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def test_another_checkpoint_or_geometry_is_refused_and_nothing_touched(
