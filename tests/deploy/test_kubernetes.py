@@ -1,7 +1,10 @@
 """Manifests are what Kubernetes and Dask's operator take, and as careful as they say; all of it offline."""
 
+import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -12,11 +15,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from h2mv_dist.config import ClusterSettings, load
+from h2mv_dist.jobs.cluster import connect, scheduler_address
 from tests.deploy.files import DEPLOY
 from tests.deploy.kustomize import Manifest, build
 
 KUBERNETES = DEPLOY / "kubernetes"
-FOLDERS = ["overlays/cpu", "overlays/gpu", "jobs/train", "jobs/infer", "jobs/append"]
+JOBS = ["jobs/world", "jobs/train", "jobs/infer", "jobs/append"]
+FOLDERS = ["overlays/cpu", "overlays/gpu", *JOBS]
 VERSIONS = ["1.27", "1.37"]
 """The oldest Kubernetes with a stable time zone of CronJobs, and the newest that the validator knows."""
 
@@ -146,13 +152,13 @@ def test_names_that_refer_to_each_other_agree() -> None:
     ports = {port["name"] for port in cluster["scheduler"]["spec"]["containers"][0]["ports"]}
     assert {port["targetPort"] for port in cluster["scheduler"]["service"]["ports"]} == ports
     maps = {name for kind, name in made if kind == "ConfigMap"}
-    for folder in ("jobs/train", "jobs/infer", "jobs/append"):
+    for folder in JOBS:
         (job,) = build(KUBERNETES / folder)
         (pod,) = pods(job)
         sources = [source for c in pod["containers"] for source in c["envFrom"]]
         named = {s["configMapRef"]["name"] for s in sources if "configMapRef" in s}
         named |= {v["configMap"]["name"] for v in pod["volumes"] if "configMap" in v}
-        assert named == maps
+        assert named == ({"h2mv-places"} if folder == "jobs/world" else maps)
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (75, 0), (2, 1)])
@@ -165,3 +171,69 @@ def test_nothing_new_is_a_success_of_the_daily_job(code: int, expected: int, tmp
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB": "s3://b/job", "CUBE": "s3://b/cube"}
     done = subprocess.run(pod["containers"][0]["args"], env=environment, check=False)
     assert done.returncode == expected
+
+
+SETTINGS = (KUBERNETES / "base" / "settings.toml").read_text()
+README = (KUBERNETES / "README.md").read_text()
+BUCKET = "s3://my-bucket"
+
+
+def places() -> dict[str, str]:
+    """What ``$(NAME)`` in a job's arguments stands for."""
+    maps = (m for m in build(KUBERNETES / "overlays/cpu") if m["metadata"]["name"] == "h2mv-places")
+    found: dict[str, str] = next(maps)["data"]
+    return found
+
+
+def test_the_first_job_trains_on_the_made_up_world_and_fits_the_cluster() -> None:
+    settings = tomllib.loads(SETTINGS)
+    assert settings["data"]["url"] == places()["WORLD"]
+    (cluster,) = (m for m in build(KUBERNETES / "overlays/cpu") if m["kind"] == "DaskCluster")
+    training = settings["training"]
+    assert training["ranks"] * len(training["folds"]) == cluster["spec"]["worker"]["replicas"]
+
+
+def test_what_made_the_first_job_small_can_be_dropped(tmp_path: Path) -> None:
+    (script,) = re.findall(r"^sed -i '(.*)' base/settings.toml$", README, re.MULTILINE)
+    file = tmp_path / "settings.toml"
+    file.write_text(SETTINGS)
+    subprocess.run(["sed", "-i", script, str(file)], check=True)
+    plain = tmp_path / "plain.toml"
+    plain.write_text('data.url = "x"\n')
+    (large, _), (usual, _) = load(file), load(plain)
+    assert (large.model, large.folds) == (usual.model, usual.folds)
+    assert large.training.epochs == usual.training.epochs
+    assert large.inference.tile == usual.inference.tile
+
+
+@pytest.mark.slow
+def test_the_first_jobs_make_a_world_folds_and_a_cube(tmp_path: Path) -> None:
+    """Their own arguments, with a folder for the bucket and workers of this machine for the cluster's."""
+    with connect(ClusterSettings(kind="local", workers=4)) as client:
+        file = tmp_path / "settings.toml"
+        here = {BUCKET: str(tmp_path), "/scratch": str(tmp_path), "/settings/settings.toml": str(file)}
+        here["tcp://h2mv-scheduler:8786"] = scheduler_address(client)
+        here |= {f"$({name})": place.replace(BUCKET, str(tmp_path)) for name, place in places().items()}
+        file.write_text(_replaced(SETTINGS, here))
+        printed = "".join(_run_job(folder, here) for folder in ("jobs/world", "jobs/train", "jobs/infer"))
+    for line in ("141 land cells, 2001-01-01..2002-01-01", "trained; checkpoints", "finished; open it with"):
+        assert line in printed
+        assert line in README
+
+
+def _run_job(folder: str, here: dict[str, str]) -> str:
+    """What the client of a job prints."""
+    (job,) = build(KUBERNETES / folder)
+    (pod,) = pods(job)
+    program, *arguments = pod["containers"][0]["args"]
+    assert program == "h2mv-dist"
+    command = [sys.executable, "-m", "h2mv_dist.cli", *(_replaced(a, here) for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def _replaced(text: str, here: dict[str, str]) -> str:
+    for there, place in here.items():
+        text = text.replace(there, place)
+    return text
