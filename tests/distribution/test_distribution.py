@@ -1,7 +1,7 @@
 """What is built is what is installed: sdist, wheel, and an environment that is given nothing else.
 
-The environment is made without network. It sees the dependencies of the environment the tests run in, because
-torch alone would take minutes to copy.
+The environment is made without network. It sees the declared dependencies, and no other distribution, of the
+environment the tests run in, as links: torch alone would take minutes to copy.
 """
 
 import os
@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
+from tests.distribution.declared import declared, link
 
 pytestmark = pytest.mark.slow
 
@@ -133,18 +134,14 @@ def test_it_installs_without_network_and_runs(wheel: Path, tmp_path: Path) -> No
     python = environment / "bin" / "python"
     offline = ("--no-index", "--find-links", wheel.parent, "--disable-pip-version-check", "--quiet")
     run(python, "-m", "pip", "install", *offline, "--no-deps", "h2mv-dist", folder=tmp_path)
-    own = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).strip()
-    )
-    (own / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    links = link(declared().values(), tmp_path / "dependencies")
+    given = {"PYTHONPATH": str(links), "DASK_CONFIG": str(tmp_path)}
+    run(python, "-m", "pip", "check", folder=tmp_path, **given)
     command = environment / "bin" / "h2mv-dist"
-    assert "Usage: h2mv-dist" in run(command, "--help", folder=tmp_path, DASK_CONFIG=str(tmp_path))
+    assert "Usage: h2mv-dist" in run(command, "--help", folder=tmp_path, **given)
     options = ("--resolution", "20", "--years", "1")
-    assert "land cells" in run(
-        command, "world", "w.zarr", *options, folder=tmp_path, DASK_CONFIG=str(tmp_path)
-    )
-    where = run(
-        python, "-c", "import h2mv_dist as h; print(h.__version__, h.__file__)", folder=tmp_path
-    ).split()
-    assert where[0] == "7.8.9"
-    assert Path(where[1]).is_relative_to(own)
+    assert "land cells" in run(command, "world", "w.zarr", *options, folder=tmp_path, **given)
+    code = "import h2mv_dist as h; print(h.__version__, h.__file__)"
+    version, where = run(python, "-c", code, folder=tmp_path, **given).split()
+    assert version == "7.8.9"
+    assert Path(where).is_relative_to(environment)
