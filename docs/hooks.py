@@ -138,7 +138,7 @@ def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         case ast.Assign(targets=[ast.Name(id=name)], value=value):
             yield name, value
         case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
-            pairs = zip(names, values, strict=True)
+            pairs = zip(names, values, strict=False)
             yield from ((name.id, value) for name, value in pairs if isinstance(name, ast.Name))
 
 

@@ -1,4 +1,4 @@
-"""What is in ``deploy/``."""
+"""What is in ``deploy/``, and what else users read."""
 
 import re
 import shlex
@@ -14,8 +14,9 @@ PROGRAMS = ("h2mv-dist", "dask")
 
 
 def texts() -> dict[str, str]:
-    """Every file's text, by its path below ``deploy/``."""
-    return {str(p.relative_to(DEPLOY)): p.read_text() for p in sorted(DEPLOY.rglob("*")) if p.is_file()}
+    """The text of every file of ``deploy/`` and of every page for users, by its path."""
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *DEPLOY.rglob("*")]
+    return {str(p.relative_to(ROOT)): p.read_text() for p in sorted(files) if p.is_file()}
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
