@@ -1,11 +1,15 @@
 """Every example notebook runs from its first cell to its last, on workers of its own."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.distribution.declared import declared
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWN = {
@@ -21,6 +25,21 @@ SHOWN = {
     "4_a_new_process_law.ipynb": ("mm more", "'rain-on-snow': ", "image/png"),
 }
 """Notebook -> what a reader must find among its outputs."""
+
+
+def imported(name: str) -> set[str]:
+    """The packages that a notebook's cells import."""
+    book: Any = nbformat.read(EXAMPLES / name, as_version=4)
+    code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
+    return set(re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_notebook_needs_no_more_than_its_readers_are_told_to_install(name: str) -> None:
+    own = {"h2mv_dist", "rain_on_snow", *(["tests"] if name.startswith("3") else [])}
+    others = imported(name) - own - set(sys.stdlib_module_names)
+    assert others <= declared("notebook").keys()
+    assert {"ipykernel"} <= declared("notebook").keys()
 
 
 def test_all_notebooks_are_run() -> None:
