@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 import h2mv_dist as hd
 from h2mv_dist.config import to_json
@@ -67,6 +67,15 @@ def test_logs_are_those_of_each_rank(trained: Job) -> None:
     assert {log.outcome for log in logs} == {"done"}
     assert "fold-01, attempt 1, rank 1" in str(trained.logs("fold-01", rank=1))
     assert len(trained.logs("fold-01", rank=1)) == 1
+
+
+def test_any_cluster_of_dask_will_do(world_url: str, cache: Path, tmp_path: Path) -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        assert scheduler_address(hd.connect(cluster)) == cluster.scheduler_address
+        settings = to_json(small_settings(world_url, cache))
+        assert hd.train(settings, str(tmp_path / "job")).wait(progress=False).state == "done"
+        hd.disconnect()
+        assert cluster.status.name == "running", "it is not ours to close"
 
 
 def test_a_job_is_found_again_by_id_and_by_place(trained: Job) -> None:
