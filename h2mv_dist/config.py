@@ -215,7 +215,8 @@ class DataSettings(_Settings):
     mask: VariableSource | None = None
     """CF layout: the land mask (non-zero = land); without it, land is where all static are finite."""
     period: PeriodSetting | None = None
-    """Days to use, ``"2001-01-01..2002-01-01"`` (END not included); all of the forcing's if left out."""
+    """Days to use, ``"2001-01-01..2002-01-01"`` (END not included); if left out those that all
+    forcing variables have, but training refuses variables with different days."""
 
 
 class Assignment(_Settings):

@@ -143,7 +143,7 @@ def open_daily(
     found = [rate.found for rate in rates]
     space = space_of(found[0])
     steps = [day_steps(r.found, amounts=r.amounts, stamp=stamps.get(r.found.name)) for r in rates]
-    period = _common_days(found, steps, data.period)
+    period = common_period(found, [s.period for s in steps], data.period)
     land = open_land(data, found[0], space, library)
     series = tuple(_series(r, s, period, space) for r, s in zip(rates, steps, strict=True))
     return DailyInput(grid=land.grid, period=period, forcing=series, static=land.static)
@@ -174,20 +174,6 @@ def _as_rate(found: Found) -> _Rate:
         except DataError:
             raise refused from None
     return _Rate(replace(found, units=daily), amounts=True)
-
-
-def _common_days(found: Sequence[Found], steps: Sequence[DaySteps], wanted: Period | None) -> Period:
-    """The days to use: ``wanted``, else all. A day at either end that is not whole everywhere is left out.
-
-    Raises:
-        DataError: days of variables differ by more than that.
-    """
-    periods = [s.period for s in steps]
-    start, stop = max(p.start for p in periods), min(p.stop for p in periods)
-    most = max(max((start - p.start).days, (p.stop - stop).days) for p in periods)
-    if wanted is None and most <= 1 and any(s.per_day > 1 for s in steps):
-        return Period(start, stop)
-    return common_period(found, periods, wanted)
 
 
 def _series(rate: _Rate, steps: DaySteps, period: Period, space: Space) -> Series:

@@ -16,7 +16,7 @@ from h2mv_dist.grid import BoolArray, FloatArray, Grid, Period
 from h2mv_dist.io.handles import Handle, Target, forcing_handle, map_handle, static_handle, target_of
 from h2mv_dist.io.library import Found, Library, find_array, find_variable
 from h2mv_dist.io.spaces import Space, grid_of, space_of
-from h2mv_dist.io.times import common_period, daily_times
+from h2mv_dist.io.times import common_period, daily_times, uneven_days
 from h2mv_dist.io.units import conversion_of
 from h2mv_dist.variables import VARIABLES, nearest
 
@@ -35,6 +35,7 @@ class Arrays:
     Attributes:
         grid: where.
         period: the days of the forcing that are used.
+        uneven: which forcing variables have fewer days than others, in words, if that decides the period.
         forcing: [time, *space] each, in column order.
         static: [*space] or [*space, feature] each.
         targets: variable -> its steps inside the period and its array.
@@ -43,6 +44,7 @@ class Arrays:
 
     grid: Grid
     period: Period
+    uneven: str
     forcing: tuple[Handle, ...]
     static: tuple[Handle, ...]
     targets: Mapping[str, Target]
@@ -67,13 +69,15 @@ def open_arrays(
     found = [find_variable(data, name, library) for name in forcing]
     space = space_of(found[0])
     times = [daily_times(f) for f in found]
-    period = common_period(found, [stored.period for stored in times], data.period)
+    periods = {name: stored.period for name, stored in zip(forcing, times, strict=True)}
+    period = common_period(found, list(periods.values()), data.period)
     drivers = tuple(forcing_handle(f, t, period, space) for f, t in zip(found, times, strict=True))
     land = open_land(data, found[0], space, library)
     observed = {name: find_variable(data, name, library) for name in targets}
     return Arrays(
         grid=land.grid,
         period=period,
+        uneven=uneven_days(periods) if data.period is None else "",
         forcing=drivers,
         static=land.static,
         targets={name: target_of(f, period, space) for name, f in observed.items()},

@@ -5,6 +5,7 @@ arrays, and several chunks of each, are fetched at once.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
 from h2mv_dist.spec import Float32Array, Moments, Scaler, moments
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -30,7 +33,7 @@ class Source:
 
     Attributes:
         grid: its spatial axes, as stored.
-        period: days of the forcing that are used.
+        period: days of the forcing that are used: those of ``data.period``, else all that every variable has.
         forcing: names of the columns of :meth:`read_forcing`.
         static: names of the columns of :meth:`read_static`.
         targets: observed variables and their steps, all wholly inside ``period``.
@@ -180,6 +183,13 @@ class Source:
             ],
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
+
+    def tell_uneven_days(self) -> None:
+        """Log which forcing variables have fewer days than others, if that decides which days are used."""
+        if self.arrays.uneven:
+            _log.warning(
+                "days that every forcing variable has are used, %s: %s", self.period, self.arrays.uneven
+            )
 
     @cached_property
     def cache_key(self) -> str:

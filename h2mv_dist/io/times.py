@@ -1,7 +1,7 @@
 """Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -253,7 +253,7 @@ def _unsorted_steps(found: Found, frequency: Frequency, before: int, after: int)
 
 
 def common_period(found: Sequence[Found], periods: Sequence[Period], wanted: Period | None) -> Period:
-    """The days that are used: ``wanted``, else all; every forcing variable has them.
+    """The days that are used: ``wanted``, else all that every forcing variable has.
 
     Args:
         found: the forcing variables.
@@ -261,16 +261,17 @@ def common_period(found: Sequence[Found], periods: Sequence[Period], wanted: Per
         wanted: the days asked for; None for all.
 
     Raises:
-        DataError: a variable has other days.
+        DataError: a variable lacks wanted days, or there is no day that all of them have.
     """
+    common = wanted or periods[0]
     for f, period in zip(found, periods, strict=True):
-        if wanted is None and period != periods[0]:
-            raise _other_period(
-                f, f"{periods[0]}, as {found[0].where}", period, "set data.period to common days"
-            )
         if wanted is not None and not period.contains(wanted):
             raise _other_period(f, f"every day of data.period = {wanted}", period, "shorten data.period")
-    return wanted or periods[0]
+        shared = common.common(period)
+        if shared is None:
+            raise _other_period(f, f"days of {common}, as other variables", period, "give it those days")
+        common = shared
+    return common
 
 
 def _other_period(found: Found, expected: str, actual: Period, fix: str) -> DataError:
@@ -283,3 +284,17 @@ def _other_period(found: Found, expected: str, actual: Period, fix: str) -> Data
             fix=fix,
         )
     )
+
+
+def uneven_days(periods: Mapping[str, Period]) -> str:
+    """Which variables begin after others, or end before them, in words; empty if none does.
+
+    >>> long, short = (Period.parse(f"2001-01-01..2001-01-0{day}") for day in (9, 8))
+    >>> uneven_days({"runoff": short, "precipitation": long}), uneven_days({"runoff": long})
+    ('runoff ends 2001-01-08, others 2001-01-09', '')
+    """
+    first, last = min(p.start for p in periods.values()), max(p.stop for p in periods.values())
+    begins = [f"{name} begins {p.start}" for name, p in periods.items() if p.start > first]
+    ends = [f"{name} ends {p.stop}" for name, p in periods.items() if p.stop < last]
+    sides = ((begins, first), (ends, last))
+    return "; ".join(f"{', '.join(late)}, others {day}" for late, day in sides if late)

@@ -149,7 +149,9 @@ def plan_inference(
     known = find_cube(cube, options) if cube else None
     if known and COMPACTED in known and (append or not settings.inference.overwrite):
         raise _filled_by_compact(cube, known)
-    return _plan(settings, training_folder, options, known, append=append, until=None)
+    planned = _plan(settings, training_folder, options, known, append=append, until=None)
+    planned.source.tell_uneven_days()
+    return planned
 
 
 def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
@@ -197,7 +199,7 @@ def _plan(
 
     def planned(known: Mapping[str, str] | None) -> CubePlan:
         progress = Progress.of(known) if known else None
-        period = until or _target(settings, source.period, progress, append)
+        period = until or _target(settings, source, progress, append)
         baseline, spinup = _references(settings, source.period, period, known)
         days = [period, baseline, *([spinup] if spinup else [])]
         cell_days = int(source.grid.mask.sum()) * len(checkpoints) * sum(part.n_days for part in days)
@@ -223,19 +225,19 @@ def _filled_by_compact(cube: str, known: Mapping[str, str]) -> StoreError:
     )
 
 
-def _target(settings: Settings, available: Period, progress: Progress | None, append: bool) -> Period:
+def _target(settings: Settings, source: Source, progress: Progress | None, append: bool) -> Period:
     """The days the cube is to hold: those it was created for, or with ``append`` all whole shards there are.
 
     Raises:
         ConfigError: days are asked for that cannot be given.
         NothingNewError: append, but the forcing has not grown enough.
     """
-    wanted = _within(settings.inference.period, available, "inference.period")
+    wanted = _within(settings.inference.period, source.period, "inference.period")
     if progress is None:
         return wanted
-    _within(progress.period, available, "the cube's days")
+    _within(progress.period, source.period, "the cube's days")
     if append:
-        return _appended(progress, wanted, settings.inference.shard_days)
+        return _appended(progress, wanted, settings.inference.shard_days, source.arrays.uneven)
     if settings.inference.period is None:
         return progress.period
     if wanted.stop > progress.period.stop:
@@ -246,7 +248,7 @@ def _target(settings: Settings, available: Period, progress: Progress | None, ap
     return Period(wanted.start, progress.period.stop)
 
 
-def _appended(progress: Progress, wanted: Period, shard_days: int) -> Period:
+def _appended(progress: Progress, wanted: Period, shard_days: int, late: str) -> Period:
     start, length = progress.period.start, progress.period.n_days
     if not progress.complete:
         raise JobError("the cube is not finished yet; run h2mv-dist infer without --append first")
@@ -265,7 +267,8 @@ def _appended(progress: Progress, wanted: Period, shard_days: int) -> Period:
     if whole <= length:
         raise NothingNewError(
             f"nothing to append: the cube is complete until {progress.period.stop} (that day excluded), the "
-            f"forcing ends {wanted.stop}, and days are appended {shard_days} at a time"
+            f"forcing ends {wanted.stop}{f' ({late})' if late else ''}, and days are appended {shard_days} "
+            "at a time"
         )
     return Period(start, as_date(progress.period.first + whole))
 

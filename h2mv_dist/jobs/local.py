@@ -106,6 +106,7 @@ def _source(
     data: DataSettings, spec: ModelSpec, members: Sequence[Checkpoint], options: StorageOptions
 ) -> Source:
     source = open_source(data, forcing=spec.forcing, targets=(), options=options)
+    source.tell_uneven_days()
     if source.static != members[0].static_names:
         raise CheckpointError(
             describe(

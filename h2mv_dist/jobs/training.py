@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, shared_place, to_json
-from h2mv_dist.errors import ConfigError, JobError, describe
+from h2mv_dist.errors import ConfigError, DataError, JobError, describe
 from h2mv_dist.io.folds import make_folds
-from h2mv_dist.io.source import open_source
+from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
@@ -75,6 +75,9 @@ class Run:
 def plan_training(settings: Settings, folder: str, options: StorageOptions) -> TrainingPlan:
     """Check everything that needs no cluster: folds, model, targets, data, and what the folder holds.
 
+    Forcing variables that end on different days are refused, unlike for inference, which uses the days they
+    have in common: a fold that is resumed must not get another period because a variable was late.
+
     Args:
         settings: validated settings.
         folder: URL of the job folder, reachable from every worker.
@@ -87,6 +90,7 @@ def plan_training(settings: Settings, folder: str, options: StorageOptions) -> T
     spec = model_kind(settings.model.name).spec
     targets = chosen_targets(spec, settings.training.targets)
     source = open_source(settings.data, forcing=spec.forcing, targets=targets, options=options)
+    _require_even_days(source, settings.data.url)
     make_folds(source.grid, settings.folds)
     job = JobFolder(shared_place(folder), options)
     job.require_same_job(settings)
@@ -97,6 +101,19 @@ def plan_training(settings: Settings, folder: str, options: StorageOptions) -> T
         data=source.cache_key,
         scaler=source.published_scaler() if settings.training.scaler == "published" else None,
     )
+
+
+def _require_even_days(source: Source, url: str) -> None:
+    if source.arrays.uneven:
+        raise DataError(
+            describe(
+                "forcing variables have different days",
+                where=displayed(url),
+                expected="the same days of each, so that a fold always has the same period",
+                actual=source.arrays.uneven,
+                fix=f"set data.period, to the common days {source.period} for instance",
+            )
+        )
 
 
 def start_training(client: Client, plan: TrainingPlan) -> JobHandle:

@@ -205,12 +205,13 @@ def test_units_that_are_neither_rate_nor_amount_are_refused(folder: Place) -> No
         opened(folder, arrays)
 
 
-def test_series_that_end_years_apart_are_refused(folder: Place) -> None:
+def test_days_that_one_series_lacks_are_left_out(folder: Place) -> None:
     arrays = hourly(hours_since(starts("2004-01-01", 1, 240)), MEANS)
     other = arrays.pop("air_temperature")
     short = {k: v for k, v in arrays.items() if k in ("lat", "lon")}
     short |= {"time": hours_since(starts("2004-01-01", 1, 48))}
     short |= {"t": Stored(other.values[:48], other.dims, other.attrs)}
     arrays |= {f"other/{name}": stored for name, stored in short.items()}
-    with pytest.raises(DataError, match=r"other days(.|\n)*data.period"):
-        opened(folder, arrays, variables={"air_temperature": VariableSource(group="other", name="t")})
+    daily = opened(folder, arrays, variables={"air_temperature": VariableSource(group="other", name="t")})
+    assert daily.period == Period(date(2004, 1, 1), date(2004, 1, 3))
+    assert [series.left_out for series in daily.forcing] == [(0, 192), (0, 192), (0, 0)]

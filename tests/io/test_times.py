@@ -107,14 +107,31 @@ def longer_rain() -> Arrays:
     return {**arrays, **{f"p/{n}": a for n, a in own.items()}, "p/rain": Stored(more, rain.dims, rain.attrs)}
 
 
-def test_forcing_with_different_days_needs_a_common_period(folder: Place) -> None:
+def test_days_that_all_forcing_has_are_used(folder: Place, caplog: pytest.LogCaptureFixture) -> None:
     rain = {"precipitation": VariableSource(name="rain", group="p")}
-    with pytest.raises(DataError, match=r"other days(.|\n)*set data\.period"):
-        open_cf(folder, longer_rain(), variables=rain)
+    source = open_cf(folder, longer_rain(), variables=rain)
+    assert source.period == Period(FIRST, as_date(source.period.first + N_DAYS))
+    np.testing.assert_array_equal(read(source), read_of(cf()))
+    source.tell_uneven_days()
+    (told,) = caplog.messages
+    assert "2004-01-15..2004-04-04" in told
+    assert told.endswith(
+        "net_radiation begins 2004-01-15, air_temperature begins 2004-01-15, others 2004-01-10"
+    )
     period = Period(date(2004, 2, 1), date(2004, 2, 11))
     other = Place(folder.url + "2", folder.options)
     source = open_cf(other, longer_rain(), variables=rain, period=period)
     np.testing.assert_array_equal(read(source), read_of(cf())[17:27])
+    source.tell_uneven_days()
+    assert len(caplog.messages) == 1, "days that were asked for are no surprise"
+
+
+def test_forcing_without_a_common_day_is_refused(folder: Place) -> None:
+    arrays = longer_rain()
+    arrays["p/time"].values[...] -= 90
+    rain = {"precipitation": VariableSource(name="rain", group="p")}
+    with pytest.raises(DataError, match=r"p/rain(.|\n)*days of 2004-01-15(.|\n)*2003-10-12\.\.2004-01-05"):
+        open_cf(folder, arrays, variables=rain)
 
 
 def target(days: NDArray[Any], units: str = "mm d-1") -> Arrays:

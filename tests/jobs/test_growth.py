@@ -1,6 +1,7 @@
 """Cubes that grow: appended days, days computed anew, damage repaired; on real worker processes."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from distributed import Client
 
 from h2mv_dist import cli
 from h2mv_dist.config import Settings
-from h2mv_dist.errors import ConfigError, JobError, NothingNewError, StoreError
+from h2mv_dist.errors import ConfigError, DataError, JobError, NothingNewError, StoreError
 from h2mv_dist.grid import Period
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.cube_store import publish, read_cube
@@ -25,6 +26,7 @@ from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage, roll_back, submit_inference
 from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
+from h2mv_dist.jobs.training import plan_training
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
 FIRST = date(2001, 1, 1)
@@ -147,6 +149,62 @@ def test_nothing_new_is_said_and_nothing_touched(
     handle = submit_inference(client, until(14, world_url, cache), job, str(cube), NO_OPTIONS)
     assert handle is None, "without --append a finished cube is finished, whatever the forcing"
     assert objects(cube.parent) == before
+
+
+@pytest.fixture
+def growing_world(world_url: str, tmp_path: Path) -> Path:
+    """The same world, to be made shorter."""
+    return Path(shutil.copytree(world_url, tmp_path / "growing.zarr"))
+
+
+def show_days(world: Path, **days: int) -> None:
+    """Show so many days of each variable; chunks hold all days of the year."""
+    file = world / ".zmetadata"
+    document = json.loads(file.read_text())
+    for name, n_days in days.items():
+        for array in ("data", "time"):
+            document["metadata"][f"{name}/{array}/.zarray"]["shape"][0] = n_days
+    file.write_text(json.dumps(document))
+
+
+def test_a_late_variable_is_waited_for(
+    client: Client,
+    growing_world: Path,
+    cache: Path,
+    job: str,
+    cube: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    show_days(growing_world, rn=13, prec=13, tair=10)
+    chosen = small_settings(str(growing_world), cache, inference=DAILY)
+    before, values = objects(cube.parent), objects(cube, metadata=False)
+    late = r"forcing ends 2001-01-11 \(air_temperature ends 2001-01-11, others 2001-01-14\)"
+    with pytest.raises(NothingNewError, match=rf"complete until 2001-01-11(.|\n)*{late}"):
+        infer(client, chosen, job, cube, append=True)
+    assert submit_inference(client, chosen, job, str(cube), NO_OPTIONS) is None
+    assert objects(cube.parent) == before
+    next(p for p in (cube / "runoff" / "c" / "3").rglob("*") if p.is_file()).unlink()
+    forget_damage(str(cube), verify_cube(str(cube), NO_OPTIONS), NO_OPTIONS)
+    infer(client, chosen, job, cube)
+    assert objects(cube, metadata=False) == values
+    show_days(growing_world, tair=12)
+    caplog.clear()
+    infer(client, chosen, job, cube, append=True)
+    assert read_cube(str(cube), NO_OPTIONS).progress.period.stop == date(2001, 1, 13)
+    told = [message for message in caplog.messages if "every forcing variable has" in message]
+    assert told == [
+        "days that every forcing variable has are used, 2001-01-01..2001-01-13: "
+        "air_temperature ends 2001-01-13, others 2001-01-14"
+    ]
+
+
+def test_folds_do_not_take_the_days_that_late_forcing_leaves(
+    growing_world: Path, cache: Path, tmp_path: Path
+) -> None:
+    show_days(growing_world, prec=360)
+    settings = small_settings(str(growing_world), cache)
+    with pytest.raises(DataError, match=r"precipitation ends 2001-12-27(.|\n)*set data.period"):
+        plan_training(settings, str(tmp_path / "job"), NO_OPTIONS)
 
 
 @pytest.mark.slow
