@@ -53,8 +53,12 @@ HORIZON_DAYS: Final = 36_525
 HORIZON_MONTHS: Final = 1200
 """Growing axes are stored for a multiple of so many steps, so that no append rewrites what a reader reads."""
 
-RECORDED: Final = ("data_url", "training_job", "settings", "versions", "source_cube")
-"""Root attributes for people: where a cube's inputs were, and what it was last worked on with."""
+INPUT_VALUES: Final = "input_values"
+"""Root attribute: what the data are, by their values. Cubes begun before there was one know them by their
+objects; it is added when such a cube is next appended to, from data whose objects are still the same."""
+
+RECORDED: Final = ("data_url", "training_job", "settings", "versions", "source_cube", INPUT_VALUES)
+"""Root attributes that are not compared: where a cube's inputs were, and what it was last worked on with."""
 
 MembersAs = Literal["spread", "all", "both"]
 Form = Literal["members", "mean", "spread"]

@@ -3,17 +3,19 @@
 A handle gives [time, *space], [*space] or [*space, feature], float32; ``space`` is (lat, lon) or (cell,).
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from math import prod
+from typing import Final, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
-from h2mv_dist.grid import BoolArray, Period, as_date
+from h2mv_dist.grid import BoolArray, Grid, Period, as_date
 from h2mv_dist.io.cf import Coordinate, decode, values_of
 from h2mv_dist.io.library import Found
 from h2mv_dist.io.spaces import Space, flipped_dims, space_of
@@ -21,6 +23,9 @@ from h2mv_dist.io.stores import content_fingerprint, explained
 from h2mv_dist.io.times import DailyTimes, StepAxis, Times, target_steps
 from h2mv_dist.io.units import Conversion, conversion_of
 from h2mv_dist.spec import Float32Array
+
+_VALUES_AT_ONCE: Final = 2**21
+"""Of a static array, if its chunks hold no more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +101,30 @@ def contents_of(handles: Sequence[Handle]) -> list[str]:
         places.setdefault(handle.url, set()).update(handle.paths)
     options = handles[0].options
     return [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+
+
+def fixed_values(grid: Grid, static: Sequence[Handle]) -> str:
+    """SHA-256 of what does not change with time: coordinates, mask, and static arrays on land, in our units.
+
+    Values are read for it, some whole chunks at a time; how they are stored, and when, does not count.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+    axes = (grid.lat, grid.lon, grid.mask.astype(np.float64))
+    digest = hashlib.sha256(repr(grid.shape).encode())
+    for values in (*axes, *(part for handle in static for part in _land_values(grid, handle))):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _land_values(grid: Grid, handle: Handle) -> Iterator[Float32Array]:
+    """A static array on land, [cell] or [cell, feature], some rows of the grid after the other."""
+    rows = handle.chunks[0]
+    rows *= max(1, _VALUES_AT_ONCE // (rows * prod(handle.variable.shape) // grid.shape[0]))
+    for first in range(0, grid.shape[0], rows):
+        part = slice(first, first + rows)
+        yield handle.read(part)[grid.mask[part]]
 
 
 def whole_chunks(starts: Sequence[BoolArray], n_steps: int) -> Iterator[slice]:

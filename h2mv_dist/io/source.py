@@ -18,7 +18,7 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.handles import Handle, contents_of, whole_chunks
+from h2mv_dist.io.handles import Handle, contents_of, fixed_values, whole_chunks
 from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
@@ -166,11 +166,25 @@ class Source:
         }
         return hashlib.sha256(canonical_json([contents, meaning]).encode()).hexdigest()
 
+    @cached_property
     def identity(self) -> str:
-        """SHA-256 of what the data are; the same while forcing merely grows, or is replaced.
+        """SHA-256 of what the data are; the same while forcing merely grows, is replaced, or was copied.
 
-        Forcing counts with its names, units and axes but not with its values; static features with their
-        objects, the mask with its values.
+        Forcing counts with its names and units but not with its values; static features, coordinates and mask
+        with their values, which are read for it, see :func:`fixed_values`.
+        """
+        meaning = {
+            "columns": [self.forcing, self.static],
+            "conversions": [list(handle.conversion) for handle in self.arrays.forcing],
+            "fixed": fixed_values(self.grid, self.arrays.static),
+        }
+        return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()
+
+    def identity_by_objects(self) -> str:
+        """What :attr:`identity` was for cubes that do not record values.
+
+        Static features and their coordinates counted with their objects, on a file system with the times of
+        files, so a copied store, or one whose coordinates are written again when it grows, is another one.
         """
         static = self.arrays.static
         contents = [content_fingerprint(h.url, h.options, h.paths) for h in static]

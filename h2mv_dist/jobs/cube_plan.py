@@ -3,6 +3,7 @@
 Nothing is written here. Days, spin-up and baseline of a cube that exists are those it was created with.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dask.utils import format_bytes
 from h2mv_dist.config import CodePath, Settings, StorageOptions, canonical_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
-from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, CubeLayout, Progress, part_bytes
+from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, INPUT_VALUES, CubeLayout, Progress, part_bytes
 from h2mv_dist.io.cube_store import differences, find_cube, still_as_planned
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
@@ -42,6 +43,8 @@ NUMBERS: Final = 1
 """Raised when a change of this code changes a cube's numbers by more than round-off: cubes made before are
 then not continued. Versions of packages are recorded, but do not matter."""
 _NO_SPINUP: Final = "none"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,8 @@ def plan_inference(
         raise _filled_by_compact(cube, known)
     planned = _plan(settings, training_folder, options, known, append=append, until=None)
     planned.source.tell_uneven_days()
+    if known and planned.progress:
+        _tell_other_forcing(known, planned.layout, cube)
     return planned
 
 
@@ -204,12 +209,34 @@ def _plan(
         days = [period, baseline, *([spinup] if spinup else [])]
         cell_days = int(source.grid.mask.sum()) * len(checkpoints) * sum(part.n_days for part in days)
         path = _code_path(settings.inference.code_path, cell_days, known)
-        layout = _layout(settings, training_folder, source, spec, checksums, period, baseline, spinup, path)
+        data = _fingerprint_of(source, known)
+        layout = _layout(
+            settings, training_folder, source, data, spec, checksums, period, baseline, spinup, path
+        )
         return CubePlan(settings, source, spec, checkpoints, layout, baseline, spinup, progress)
 
     if known and settings.inference.overwrite and differences(known, planned(known).layout):
         return planned(None)
     return planned(known)
+
+
+def _fingerprint_of(source: Source, known: Mapping[str, str] | None) -> str:
+    """What the data are, as the cube knows them: by values, or by objects if it is an early one."""
+    if known is None:
+        return source.identity
+    if INPUT_VALUES not in known:
+        return source.identity_by_objects()
+    return known["input_fingerprint"] if known[INPUT_VALUES] == source.identity else source.identity
+
+
+def _tell_other_forcing(known: Mapping[str, str], layout: CubeLayout, cube: str) -> None:
+    before, now = known.get("data_url"), layout.attributes["data_url"]
+    if before != now:
+        _log.warning(
+            "%s: its forcing was read from %s so far, and is read from %s now; nothing checks that this is "
+            "the same product",
+            *(displayed(cube), before, now),
+        )
 
 
 def _filled_by_compact(cube: str, known: Mapping[str, str]) -> StoreError:
@@ -396,6 +423,7 @@ def _layout(
     settings: Settings,
     training_folder: str,
     source: Source,
+    data: str,
     spec: ModelSpec,
     checksums: Mapping[int, str],
     period: Period,
@@ -408,7 +436,7 @@ def _layout(
     provenance = {
         "model": canonical_json(settings.model.model_dump(mode="json")),
         "checkpoints": canonical_json({str(fold): value for fold, value in checksums.items()}),
-        "input_fingerprint": source.identity(),
+        "input_fingerprint": data,
         "baseline_period": str(baseline),
         "spinup_period": str(spinup or _NO_SPINUP),
         "threads": str(chosen.threads),
@@ -435,6 +463,7 @@ def _layout(
         attributes={
             **provenance,
             "data_url": ", ".join(sorted({public(handle.url) for handle in source.arrays.forcing})),
+            INPUT_VALUES: source.identity,
             "training_job": public(training_folder),
             "versions": canonical_json(code_versions()),
             "settings": canonical_json(_recorded(settings)),

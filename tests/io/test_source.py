@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -98,6 +99,43 @@ def test_the_fingerprint_follows_the_data_and_what_is_asked_of_them(world: Place
     assert open_published(world, period=period).fingerprint() != first
     with replaced(world, "tair", b"others"):
         assert source.fingerprint() != first
+
+
+def test_the_identity_follows_values_and_not_files(tmp_path: Path) -> None:
+    """Growing in place, copies, other chunks, and values on sea do not count."""
+    place = Place(str(tmp_path / "data"), StorageOptions())
+    first = open_cf(place, cf()).identity
+    with xr.open_zarr(place.url, chunks=None, consolidated=False) as opened:
+        later = opened.drop_vars(["elevation", "clay"]).isel(time=slice(0, 3)).load()
+    later["time"] = later["time"] + np.timedelta64(N_DAYS, "D")
+    for variable in later.variables.values():
+        variable.encoding.clear()
+    by_objects = open_written_cf(place).identity_by_objects()
+    before = open_written_cf(place)
+    later.to_zarr(place.url, append_dim="time", consolidated=False)
+    after = open_written_cf(place)
+    assert after.period.n_days == N_DAYS + 3
+    assert after.identity == before.identity
+    assert after.identity_by_objects() != by_objects, "coordinates were written again"
+    for number, (name, at, same) in enumerate(
+        (
+            (None, None, True),
+            ("clay", ~LAND, True),
+            ("clay", LAND, False),
+            ("elevation", np.argwhere(LAND)[0], False),
+        )
+    ):
+        arrays = cf()
+        arrays["clay"].chunks = (3, 2)
+        arrays["mask"] = Stored(LAND, ("lat", "lon"))
+        if name is not None:
+            arrays[name].values[tuple(at) if at.ndim == 1 else at] = 3.25
+        other = Place(str(tmp_path / str(number)), StorageOptions())
+        source = open_cf(other, arrays, mask=VariableSource())
+        assert (source.identity == first) == same, name
+    arrays = cf()
+    arrays["lat"].values[0] += 0.25
+    assert open_cf(Place(str(tmp_path / "moved"), StorageOptions()), arrays).identity != first
 
 
 def test_the_reference_store_reads_like_plain_zarr(shared: Path) -> None:

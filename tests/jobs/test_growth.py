@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
@@ -16,17 +17,21 @@ import zarr
 from distributed import Client
 
 from h2mv_dist import cli
-from h2mv_dist.config import Settings
+from h2mv_dist.config import DataSettings, Settings, revise
 from h2mv_dist.errors import ConfigError, DataError, JobError, NothingNewError, StoreError
 from h2mv_dist.grid import Period
+from h2mv_dist.io.cube import INPUT_VALUES
 from h2mv_dist.io.cube_check import verify_cube
-from h2mv_dist.io.cube_store import publish, read_cube
+from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
+from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage, roll_back, submit_inference
 from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
 from h2mv_dist.jobs.training import plan_training
+from h2mv_dist.model.h2mv import SPEC
+from tests.io.builders import whole
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 
 FIRST = date(2001, 1, 1)
@@ -196,6 +201,100 @@ def test_a_late_variable_is_waited_for(
         "days that every forcing variable has are used, 2001-01-01..2001-01-13: "
         "air_temperature ends 2001-01-13, others 2001-01-14"
     ]
+
+
+def in_this_process(settings: Settings, job: str, cube: Path, *, append: bool = True) -> None:
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=append)
+    create_cube(str(cube), planned.layout, NO_OPTIONS, overwrite=False)
+    context = open_context(planned, str(cube), NO_OPTIONS)
+    for tile in planned.layout.tiles:
+        compute_tile(context, tile)
+    finish_cube(context)
+
+
+@pytest.fixture
+def weather(world_url: str) -> xr.Dataset:
+    """The world's first days and features as a CF data set."""
+    source = open_source(DataSettings(url=world_url), forcing=SPEC.forcing, targets=(), options=NO_OPTIONS)
+    days = Period(FIRST, FIRST.replace(day=15))
+    forcing, space = source.read_forcing(whole(source), days), ("lat", "lon")
+    units = {"net_radiation": "W m-2", "precipitation": "mm d-1", "air_temperature": "K"}
+    drivers = {
+        name: (("time", *space), forcing[..., column], {"units": units[name]})
+        for column, name in enumerate(SPEC.forcing)
+    }
+    features = ((*space, "feature"), source.read_static(whole(source)), {"names": list(source.static)})
+    axes = {"time": days.days().astype("datetime64[D]").astype("datetime64[ns]")}
+    axes |= {"lat": source.grid.lat, "lon": source.grid.lon}
+    mask = (space, source.grid.mask.astype(np.int8))
+    return xr.Dataset({**drivers, "features": features, "mask": mask}, axes)
+
+
+def add_days(weather: xr.Dataset, url: Path, first: int, stop: int) -> None:
+    """Write some days the way xarray's users do; coordinates are written again."""
+    part = weather.isel(time=slice(first - 1, stop - 1))
+    growing = part.drop_vars(["features", "mask"])
+    with warnings.catch_warnings():
+        # not in the specification yet
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not")
+        if first == 1:
+            part.to_zarr(url, encoding={"time": {"units": f"days since {FIRST}"}})
+        else:
+            growing.to_zarr(url, append_dim="time")
+
+
+def weather_settings(url: Path, cache: Path) -> Settings:
+    data = {"url": str(url), "layout": "cf", "static": ["features"], "mask": {"name": "mask"}}
+    return small_settings("", cache, data=data, inference=DAILY)
+
+
+def test_a_cube_goes_on_though_its_data_were_written_again_or_copied(
+    weather: xr.Dataset, cache: Path, job: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, copy, cube = tmp_path / "weather.zarr", tmp_path / "copy.zarr", tmp_path / "cube.zarr"
+    settings = weather_settings(url, cache)
+    add_days(weather, url, 1, 8)
+    in_this_process(settings, job, cube, append=False)
+    add_days(weather, url, 8, 10)
+    in_this_process(settings, job, cube)
+    assert not [message for message in caplog.messages if "same product" in message]
+    shutil.copytree(url, copy, copy_function=shutil.copyfile)
+    add_days(weather, copy, 10, 11)
+    in_this_process(weather_settings(copy, cache), job, cube)
+    assert read_cube(str(cube), NO_OPTIONS).layout.period.n_days == 10
+    (told,) = [message for message in caplog.messages if "same product" in message]
+    assert f"from {url} so far, and is read from {copy} now" in told
+    add_days(weather, copy, 11, 12)
+    zarr.open_array(str(copy), path="features", mode="r+")[:, :, 0] = 0.5
+    with pytest.raises(StoreError, match="input_fingerprint"):
+        in_this_process(weather_settings(copy, cache), job, cube)
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+
+
+def test_a_cube_that_knows_its_data_by_files_learns_their_values(
+    weather: xr.Dataset, cache: Path, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, copy, cube = tmp_path / "weather.zarr", tmp_path / "copy.zarr", tmp_path / "cube.zarr"
+    settings, copied = weather_settings(url, cache), weather_settings(copy, cache)
+    add_days(weather, url, 1, 15)
+    early = revise(settings, [f"inference.period={FIRST}..2001-01-08"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Source, "identity", property(Source.identity_by_objects))
+        in_this_process(early, job, cube, append=False)
+    layout, progress = read_cube(str(cube), NO_OPTIONS)
+    known = {name: text for name, text in layout.attributes.items() if name != INPUT_VALUES}
+    publish(str(cube), replace(layout, attributes=known), progress, NO_OPTIONS)
+    shutil.copytree(url, copy, copy_function=shutil.copyfile)
+    with pytest.raises(StoreError, match="input_fingerprint"):
+        in_this_process(copied, job, cube)
+    in_this_process(revise(settings, [f"inference.period={FIRST}..2001-01-09"]), job, cube)
+    in_this_process(copied, job, cube)
+    after = read_cube(str(cube), NO_OPTIONS).layout
+    assert after.period.n_days == 14
+    assert after.attributes["input_fingerprint"] == known["input_fingerprint"]
+    zarr.open_array(str(copy), path="features", mode="r+")[:, :, 0] = 0.5
+    with pytest.raises(StoreError, match="input_fingerprint"):
+        in_this_process(copied, job, cube, append=False)
 
 
 def test_folds_do_not_take_the_days_that_late_forcing_leaves(
