@@ -327,13 +327,17 @@ def test_a_damaged_chunk_is_named(source: Source, world: Place) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_flipped_bit_in_a_checked_chunk_is_never_used(sharded: bool, tmp_path: Path) -> None:
-    place = Place(str(tmp_path / "data"), StorageOptions())
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_flipped_bit_in_a_checked_chunk_is_never_used(
+    kind: str, sharded: bool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = new_place(kind, request, tmp_path_factory)
     arrays = cf()
     rain = arrays.pop("precipitation")
     write(place, arrays)
     shape = rain.values.shape
-    created = zarr.open_group(place.url, mode="r+").create_array(
+    store = open_store(place.url, place.options, read_only=False)
+    created = zarr.open_group(store, mode="r+", use_consolidated=False).create_array(
         "precipitation",
         shape=shape,
         dtype=np.float32,
@@ -346,14 +350,16 @@ def test_a_flipped_bit_in_a_checked_chunk_is_never_used(sharded: bool, tmp_path:
     created[...] = rain.values
     source = open_written_cf(place)
     np.testing.assert_array_equal(source.read_forcing(whole(source), source.period)[..., 1], rain.values)
-    chunk = next(p for p in sorted((tmp_path / "data" / "precipitation" / "c").rglob("*")) if p.is_file())
-    good = chunk.read_bytes()
+    chunk = join(place.url, "precipitation", "c", "0", "0", "0")
+    good = get_object(chunk, place.options)
     for position in range(0, len(good), len(good) // 7):
         flipped = bytearray(good)
         flipped[position] ^= 4
-        chunk.write_bytes(bytes(flipped))
+        put_object(chunk, bytes(flipped), place.options)
         with pytest.raises(StoreError, match="precipitation"):
             source.read_forcing(whole(source), source.period)
+    put_object(chunk, good, place.options)
+    np.testing.assert_array_equal(source.read_forcing(whole(source), source.period)[..., 1], rain.values)
 
 
 def test_wrong_credentials_are_found_when_opening_and_stay_secret(s3_server: S3Server) -> None:
