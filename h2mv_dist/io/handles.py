@@ -19,7 +19,7 @@ from h2mv_dist.grid import BoolArray, Grid, Period, as_date
 from h2mv_dist.io.cf import Coordinate, decode, values_of
 from h2mv_dist.io.library import Found
 from h2mv_dist.io.spaces import Space, flipped_dims, space_of
-from h2mv_dist.io.stores import content_fingerprint, explained
+from h2mv_dist.io.stores import content_fingerprint, explained, public
 from h2mv_dist.io.times import DailyTimes, StepAxis, Times, target_steps
 from h2mv_dist.io.units import Conversion, conversion_of
 from h2mv_dist.spec import Float32Array
@@ -101,6 +101,11 @@ def contents_of(handles: Sequence[Handle]) -> list[str]:
         places.setdefault(handle.url, set()).update(handle.paths)
     options = handles[0].options
     return [content_fingerprint(url, options, tuple(paths)) for url, paths in places.items()]
+
+
+def places_of(handles: Sequence[Handle]) -> str:
+    """The stores that arrays are read from, for people."""
+    return ", ".join(sorted({public(handle.url) for handle in handles}))
 
 
 def fixed_values(grid: Grid, static: Sequence[Handle]) -> str:

@@ -3,16 +3,22 @@
 Arrays are forcing [time, *space], static ones [*space] or [*space, feature], float32, the mask [*space], and
 coordinates. A stretch of days is written by one owner, whole shards over all space; its receipt is put last.
 The mask and the static arrays come when all stretches are there, so an unfinished store cannot be opened.
+
+A finished store grows: days are written beyond its end, then its arrays get their new length, and the root,
+put last, shows them. It grows by whole stretches, so that no object that a reader of the old length reads is
+written again. Only where the first end of a store lies within a stretch, that stretch is written once more,
+when it has become whole: with the same values for the old days, and new ones behind them.
 """
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zarr
@@ -23,9 +29,11 @@ from zarr.errors import ZarrUserWarning
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource, canonical_json
 from h2mv_dist.errors import ConfigError, StoreError, describe
 from h2mv_dist.grid import Grid, Period
+from h2mv_dist.io.cube import HORIZON_DAYS
 from h2mv_dist.io.handles import Handle
 from h2mv_dist.io.ledger import ledger_url
 from h2mv_dist.io.stores import (
+    ZarrArray,
     delete_tree,
     displayed,
     exists,
@@ -35,15 +43,18 @@ from h2mv_dist.io.stores import (
     list_objects,
     open_store,
     put_object,
+    with_shape,
     without_read_back,
 )
 from h2mv_dist.spec import Float32Array
 from h2mv_dist.variables import variable
 
 FINISH: Final = "finish"
-"""The unit that comes after all stretches of days: static arrays, mask and consolidated metadata."""
+"""The unit that comes after all stretches of days: static arrays and mask, or the new length."""
 IDENTITY: Final = "h2mv_dist_prepared"
 """Root attribute: what the store is made of, and how it is cut."""
+DATA_URL: Final = "data_url"
+"""Root attribute: where the forcing was when the store was begun; not compared."""
 _GENERAL: Final = {"title": "Daily forcing, cut for tiles", "source": "h2mv_dist", "Conventions": "CF-1.11"}
 _ATTRIBUTES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -59,6 +70,10 @@ _KEPT: Final = ("units", "long_name", "standard_name")
 """Attributes of a static array that still hold."""
 _SHARD_COPIES: Final = 4
 """Of the shards that are written at once, in chunks, coded and joined; three were measured."""
+_GROWING: Final = ("time", "time_bnds")
+"""Coordinates that get longer with the forcing."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +87,9 @@ class PreparedLayout:
         static: names of the static arrays.
         shard: days and cells of a shard, [time, *space].
         chunk: days and cells of a chunk, [time, *space].
-        identity: everything that decides which bytes are written, JSON-able.
+        identity: all but the values of the forcing that decides which bytes are written, JSON-able; the same
+            while the store grows.
+        data_url: where the forcing is.
     """
 
     grid: Grid
@@ -82,6 +99,7 @@ class PreparedLayout:
     shard: tuple[int, ...]
     chunk: tuple[int, ...]
     identity: Mapping[str, Any]
+    data_url: str
 
     def __post_init__(self) -> None:
         if len(self.shard) != 1 + len(self.grid.dims):
@@ -123,6 +141,14 @@ class PreparedLayout:
         return DataSettings(url=url, layout="cf", static=self.static, mask=VariableSource(name="mask"))
 
 
+class _Root(NamedTuple):
+    """What the root of a prepared store says; it shows no days until the store is finished."""
+
+    identity: Mapping[str, Any]
+    data_url: str
+    n_days: int
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedStore:
     """The store at ``url`` and the receipts beside it."""
@@ -134,34 +160,62 @@ class PreparedStore:
     def create(self, *, overwrite: bool) -> None:
         """Write what is missing of metadata and coordinates; what is there already must be this store.
 
+        Its length does not count: :meth:`finish` decides it.
+
         ``overwrite`` replaces a prepared store that is another one, and its receipts; never anything else.
 
         Raises:
             StoreError: something else is there, or receipts without a store.
         """
-        found, wanted = self._identity(), json.loads(canonical_json(self.layout.identity))
-        if found == wanted and FINISH in self.done():
+        there, wanted = self._root(), json.loads(canonical_json(self.layout.identity))
+        found = there.identity if there else None
+        if there and found == wanted and there.data_url != self.layout.data_url:
+            _log.warning(
+                "%s was begun with forcing from %s and goes on with that from %s; nothing checks that this "
+                "is the same product",
+                *(displayed(self.url), there.data_url, self.layout.data_url),
+            )
+        if self.shown_days():
             return
         if found != wanted:
             if not overwrite:
                 self._refuse(found, wanted)
             self._clear()
         with explained(self.url, self.options):
-            group = self._group({**_GENERAL, IDENTITY: wanted})
+            group = self._group({**_GENERAL, DATA_URL: self.layout.data_url, IDENTITY: wanted})
             for name in self.layout.forcing:
                 self._require_forcing(group, name)
             self._write_coordinates(group)
 
+    def shown_days(self) -> int:
+        """How many days readers are shown: none before the store is finished, nor where another one is.
+
+        Raises:
+            StoreError: something that is no prepared store is there.
+        """
+        there = self._root()
+        same = there and there.identity == json.loads(canonical_json(self.layout.identity))
+        return there.n_days if there and same else 0
+
     def done(self) -> frozenset[str]:
-        """Units that have a receipt; costs one listing.
+        """Stretches of days that have a receipt; costs one listing.
 
         Raises:
             StoreError: the store cannot be reached.
         """
         return frozenset(n.removesuffix(".json") for n in list_objects(self._receipts, self.options))
 
+    def forget_others(self) -> None:
+        """Delete receipts of other stretches than the layout's: some may overlap with what is written next.
+
+        Raises:
+            StoreError: the store cannot be reached.
+        """
+        for unit in sorted(self.done().difference(map(str, self.layout.blocks))):
+            delete_tree(join(self._receipts, f"{unit}.json"), self.options)
+
     def record(self, unit: str, checksum: str, seconds: float) -> None:
-        """Put the receipt of a unit, the last thing done for it.
+        """Put the receipt of a stretch of days, the last thing done for it.
 
         Raises:
             StoreError: the store cannot be written.
@@ -183,30 +237,37 @@ class PreparedStore:
         first, rows = block.first - self.layout.period.first, self.layout.shard[1]
         store = without_read_back(open_store(self.url, self.options, read_only=False))
         with explained(self.url, self.options):
-            array = zarr.open_array(store, path=name, mode="r+")
+            stored = zarr.open_array(store, path=name, mode="r+")
+            # its days may lie beyond those that readers are shown
+            array = with_shape(stored, (self.layout.period.n_days, *values.shape[1:]))
             for row in range(0, values.shape[1], rows):
                 array[first : first + block.n_days, row : row + rows] = values[:, row : row + rows]
         return hashlib.sha256(values.data).hexdigest()
 
-    def finish(self, static: Sequence[Handle]) -> str:
-        """Copy the static arrays, write the mask, and join all metadata in the root; returns a checksum.
+    def finish(self, static: Sequence[Handle]) -> None:
+        """Show readers all days of the layout: one put of the root, with the metadata of all arrays in it.
+
+        Before that, arrays get their new length, and a new store its static arrays and mask. A store that has
+        grown further meanwhile stays as it is.
 
         Raises:
             StoreError: a store cannot be read or written.
         """
-        digest = hashlib.sha256()
+        shown = self.shown_days()
+        if shown >= self.layout.period.n_days:
+            return
+        for name in (*self.layout.forcing, *_GROWING):
+            self._lengthen(name)
         with explained(self.url, self.options):
             group = self._group()
-            for handle in static:
-                values = np.ascontiguousarray(handle.read())
-                self._write_static(group, handle, values)
-                digest.update(values.data)
-            _write(group, "mask", self.layout.grid.dims, self.layout.grid.mask.astype(np.int8))
+            for handle in () if shown else static:
+                self._write_static(group, handle, handle.read())
+            if not shown:
+                _write(group, "mask", self.layout.grid.dims, self.layout.grid.mask.astype(np.int8))
             with warnings.catch_warnings():
                 # not in the specification yet; readers that do not know it use the arrays' own metadata
                 warnings.filterwarnings("ignore", "Consolidated metadata is currently not", ZarrUserWarning)
                 zarr.consolidate_metadata(group.store, zarr_format=3)
-        return digest.hexdigest()
 
     @property
     def _receipts(self) -> str:
@@ -215,6 +276,12 @@ class PreparedStore:
     def _group(self, attributes: dict[str, Any] | None = None) -> zarr.Group:
         store = open_store(self.url, self.options, read_only=False)
         return zarr.open_group(store, mode="a", zarr_format=3, attributes=attributes, use_consolidated=False)
+
+    def _lengthen(self, name: str) -> None:
+        place = join(self.url, name, "zarr.json")
+        metadata = json.loads(get_object(place, self.options))
+        metadata["shape"][0] = self.layout.period.n_days
+        put_object(place, json.dumps(metadata, indent=2).encode(), self.options)
 
     def _require_forcing(self, group: zarr.Group, name: str) -> None:
         layout, dims = self.layout, self.layout.grid.dims
@@ -231,9 +298,22 @@ class PreparedStore:
         )
 
     def _write_coordinates(self, group: zarr.Group) -> None:
-        grid, days = self.layout.grid, self.layout.period.days()
-        _write(group, "time", ("time",), days)
-        _write(group, "time_bnds", ("time", "bnds"), np.stack([days, days + 1], axis=1))
+        grid, period = self.layout.grid, self.layout.period
+        # stored far beyond the end, so that no growth writes an object again that a reader reads
+        n_stored = (-(-period.n_days // HORIZON_DAYS) + 1) * HORIZON_DAYS
+        days = np.arange(period.first, period.first + n_stored, dtype=np.int64)
+        for name, values in zip(_GROWING, (days, np.stack([days, days + 1], axis=1)), strict=True):
+            further = values.shape[1:]
+            array = _require(
+                group,
+                name,
+                shape=(period.n_days, *further),
+                dtype=values.dtype,
+                chunks=(HORIZON_DAYS, *further),
+                dimension_names=("time", "bnds")[: values.ndim],
+                attributes=dict(_ATTRIBUTES[name]),
+            )
+            with_shape(array, values.shape)[...] = values
         for name, degrees in (("lat", grid.lat), ("lon", grid.lon)):
             _write(group, name, (name,) if name in grid.dims else grid.dims, degrees)
         _write(group, "cell_area", grid.dims, grid.area)
@@ -247,8 +327,8 @@ class PreparedStore:
         made = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, "dimension_names": dims}
         _require(group, handle.name, attributes=attributes, **made)[...] = values
 
-    def _identity(self) -> Mapping[str, Any] | None:
-        """What the prepared store at ``url`` says it is, or None where nothing is.
+    def _root(self) -> _Root | None:
+        """What the root of the prepared store at ``url`` says, or None where nothing is.
 
         Raises:
             StoreError: something that is no prepared store is there.
@@ -256,8 +336,8 @@ class PreparedStore:
         root = join(self.url, "zarr.json")
         if exists(root, self.options):
             try:
-                return dict(json.loads(get_object(root, self.options))["attributes"][IDENTITY])
-            except (ValueError, TypeError, KeyError):
+                return _parsed(json.loads(get_object(root, self.options)))
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError):
                 pass
         elif not list_objects(self.url, self.options):
             return None
@@ -288,12 +368,25 @@ class PreparedStore:
         )
 
     def _clear(self) -> None:
-        """Delete receipts, arrays and root, in this order: interrupted at any point, it can be done again."""
+        """Delete receipts, what the root shows, arrays and root, in this order.
+
+        Interrupted at any point, it can be done again.
+        """
         delete_tree(ledger_url(self.url), self.options)
         if exists(join(self.url, "zarr.json"), self.options):
-            for name in sorted(self._group()):
+            group = self._group()
+            # written without the arrays' metadata, which say that the store is finished
+            group.attrs.put(dict(group.attrs))
+            for name in sorted(group):
                 delete_tree(join(self.url, name), self.options)
             delete_tree(self.url, self.options)
+
+
+def _parsed(root: Mapping[str, Any]) -> _Root:
+    attributes = root["attributes"]
+    arrays = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    n_days = arrays["time"]["shape"][0] if "time" in arrays else 0
+    return _Root(dict(attributes[IDENTITY]), str(attributes.get(DATA_URL, "")), int(n_days))
 
 
 def _write(group: zarr.Group, name: str, dims: tuple[str, ...], values: NDArray[np.generic]) -> None:
@@ -302,7 +395,7 @@ def _write(group: zarr.Group, name: str, dims: tuple[str, ...], values: NDArray[
     _require(group, name, attributes=dict(_ATTRIBUTES[name]), **made)[...] = values
 
 
-def _require(group: zarr.Group, name: str, **made: Any) -> "zarr.Array[Any]":
+def _require(group: zarr.Group, name: str, **made: Any) -> ZarrArray:
     """The array of this name, made if it is not there yet."""
     if name in group:
         found = group[name]

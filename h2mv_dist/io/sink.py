@@ -7,7 +7,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -20,14 +20,12 @@ from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import KEPT_BITS, MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
-from h2mv_dist.io.stores import displayed, explained, open_store, without_read_back
+from h2mv_dist.io.stores import ZarrArray, displayed, explained, open_store, with_shape, without_read_back
 from h2mv_dist.spec import Budget, Float32Array
 
 Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 ARRAYS_AT_ONCE: Final = 4
 """Arrays that are written at a time: an object store takes most of a put's time to answer."""
-
-ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
 @dataclass(frozen=True)
@@ -332,7 +330,7 @@ def _as_long(array: ZarrArray, layout: CubeLayout) -> ZarrArray:
     axes = zip(metadata.dimension_names or (), metadata.shape, strict=True)
     grown = lengths(layout.period)
     shape = tuple(grown.get(str(axis), size) for axis, size in axes)
-    return zarr.Array(zarr.AsyncArray(replace(metadata, shape=shape), array.store_path))
+    return with_shape(array, shape)
 
 
 def _check_tile(layout: CubeLayout, tile: Tile) -> None:

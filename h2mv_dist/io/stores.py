@@ -17,10 +17,12 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import fsspec
+import zarr
 from fsspec.core import url_to_fs
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -30,6 +32,9 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.io.failures import is_store_failure, store_error
 from h2mv_dist.io.fast_reads import with_fast_reads
+
+ZarrArray: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
+"""An array of Zarr's format 3."""
 
 _TEMPORARY: Final = ".h2mv-part-"
 """Prefix of the local files that are not yet in place."""
@@ -69,6 +74,12 @@ def without_read_back(store: Store) -> Store:
     request, and a torn shard would stop its own replacement.
     """
     return _NoReadBack(store)
+
+
+def with_shape(array: ZarrArray, shape: tuple[int, ...]) -> ZarrArray:
+    """The same array, taken to have this shape; what is stored says so later, or never."""
+    metadata = replace(array.async_array.metadata, shape=shape)
+    return zarr.Array(zarr.AsyncArray(metadata, array.store_path))
 
 
 def put_object(url: str, data: bytes, options: StorageOptions) -> None:

@@ -16,6 +16,7 @@ from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewE
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, INPUT_VALUES, CubeLayout, Progress, part_bytes
 from h2mv_dist.io.cube_store import differences, find_cube, still_as_planned
+from h2mv_dist.io.handles import places_of
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed, public
@@ -462,7 +463,7 @@ def _layout(
         shard_days=chosen.shard_days,
         attributes={
             **provenance,
-            "data_url": ", ".join(sorted({public(handle.url) for handle in source.arrays.forcing})),
+            "data_url": places_of(source.arrays.forcing),
             INPUT_VALUES: source.identity,
             "training_job": public(training_folder),
             "versions": canonical_json(code_versions()),

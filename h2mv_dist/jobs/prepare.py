@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,10 +16,10 @@ from dask.utils import format_bytes
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
-from h2mv_dist.errors import ConfigError, JobError, describe
-from h2mv_dist.grid import Period
+from h2mv_dist.errors import ConfigError, DataError, JobError, describe
+from h2mv_dist.grid import Period, as_date
 from h2mv_dist.io.daily import DailyInput, Series, open_daily
-from h2mv_dist.io.handles import contents_of
+from h2mv_dist.io.handles import fixed_values, places_of
 from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
@@ -84,13 +84,10 @@ def _plan(settings: Settings, forcing: tuple[str, ...], options: StorageOptions)
     cut = settings.prepare
     daily = open_daily(settings.data, forcing=forcing, stamps=cut.stamps, options=options)
     identity = {
-        "input": contents_of([*(series.handle for series in daily.forcing), *daily.static]),
-        "forcing": {
-            s.name: [_how(s), s.handle.origin, *s.handle.conversion, *s.conversion] for s in daily.forcing
-        },
+        "forcing": {s.name: [_how(s), *s.handle.conversion, *s.conversion] for s in daily.forcing},
         "static": [[handle.name, *handle.columns] for handle in daily.static],
-        "mask": hashlib.sha256(np.packbits(daily.grid.mask).tobytes()).hexdigest(),
-        "period": str(daily.period),
+        "fixed": fixed_values(daily.grid, daily.static),
+        "start": str(daily.period.start),
         "shard": [cut.shard_days, *cut.shard],
         "chunk": [cut.chunk_days, *cut.chunk],
     }
@@ -102,12 +99,47 @@ def _plan(settings: Settings, forcing: tuple[str, ...], options: StorageOptions)
         shard=(cut.shard_days, *cut.shard),
         chunk=(cut.chunk_days, *cut.chunk),
         identity=identity,
+        data_url=places_of([series.handle for series in daily.forcing]),
     )
     return PreparePlan(settings, daily, layout)
 
 
+def _until(plan: PreparePlan, period: Period) -> PreparePlan:
+    """The plan of a store that ends earlier."""
+    return replace(plan, layout=replace(plan.layout, period=period))
+
+
+def lengthened(available: Period, shown: int, stretch: int) -> Period:
+    """The days a store is to have: all there are, but whole stretches only once readers are shown some.
+
+    Args:
+        available: the days of the input.
+        shown: how many of them readers are shown.
+        stretch: days of a shard.
+
+    Raises:
+        DataError: readers are shown more days than there are.
+
+    >>> [lengthened(Period.parse("2001-01-01..2001-01-20"), shown, 5).n_days for shown in (0, 10, 17)]
+    [19, 15, 17]
+    """
+    if shown > available.n_days:
+        raise DataError(
+            describe(
+                "the forcing ends before the store that was prepared of it",
+                where="data.url, data.period",
+                expected=f"at least {shown} days from {available.start} on",
+                actual=f"{available.n_days}",
+                fix="give the whole forcing, or prepare it into another store",
+            )
+        )
+    whole = available.n_days // stretch * stretch
+    n_days = max(shown, whole) if shown else available.n_days
+    return Period(available.start, as_date(available.first + n_days))
+
+
 def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOptions) -> JobHandle | None:
-    """Fill the store at ``to``; stretches of days that have a receipt are not done again.
+    """Fill the store at ``to``, or let it grow; stretches of days that have a receipt are not done again.
 
     Returns:
         A handle, or None if there is nothing to do.
@@ -117,6 +149,8 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     """
     from h2mv_dist.jobs.training import job_id
 
+    shown = PreparedStore(to, plan.layout, options).shown_days()
+    plan = _until(plan, lengthened(plan.daily.period, shown, plan.layout.shard[0]))
     settings, store = plan.settings, PreparedStore(to, plan.layout, options)
     _refuse_input(plan, to)
     require_workers(client, 1, "prepare")
@@ -128,15 +162,17 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     _tell_what_is_left_out(plan)
     _warn_of_split_chunks(plan)
     store.create(overwrite=settings.prepare.overwrite)
+    store.forget_others()
     done = store.done()
     names = [str(block) for block in plan.layout.blocks if str(block) not in done]
-    if not names and FINISH in done:
+    if not names and shown == plan.layout.period.n_days:
         return None
     common = {
         "settings": to_json(settings),
         "forcing": plan.layout.forcing,
         "to": to,
         "fingerprint": plan.layout.fingerprint,
+        "period": str(plan.layout.period),
         "storage_options": options.reveal(),
     }
     attempts = settings.prepare.attempts
@@ -151,12 +187,11 @@ def run_prepare_unit(message: Message) -> None:
     started, unit = time.monotonic(), message["unit"]
     if unit == FINISH:
         _require_receipts(plan, store)
-        checksum = store.finish(plan.daily.static)
+        store.finish(plan.daily.static)
     else:
         checksum = prepare_days(plan, store, Period.parse(unit))
-    seconds = round(time.monotonic() - started, 3)
-    store.record(unit, checksum, seconds)
-    report(message, event="prepared", seconds=seconds)
+        store.record(unit, checksum, round(time.monotonic() - started, 3))
+    report(message, event="prepared", seconds=round(time.monotonic() - started, 3))
 
 
 def prepare_days(plan: PreparePlan, store: PreparedStore, block: Period) -> str:
@@ -192,21 +227,23 @@ def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
     Raises:
         JobError: the worker sees other data than the client did.
     """
-    key = canonical_json([message["to"], message["fingerprint"], message["settings"]])
+    key = canonical_json([message[name] for name in ("to", "fingerprint", "period", "settings")])
     if key not in _contexts:
         options = StorageOptions(message["storage_options"])
         settings = validate(message["settings"], where="job")
         plan = _plan(settings, tuple(message["forcing"]), options)
-        if plan.layout.fingerprint != message["fingerprint"]:
+        period = Period.parse(message["period"])
+        if plan.layout.fingerprint != message["fingerprint"] or not plan.daily.period.contains(period):
             raise JobError(
                 describe(
                     "a worker sees other data than those that were planned with",
                     where=displayed(message["to"]),
-                    expected=f"fingerprint {message['fingerprint']}",
-                    actual=plan.layout.fingerprint,
+                    expected=f"fingerprint {message['fingerprint']}, days {period}",
+                    actual=f"{plan.layout.fingerprint}, days {plan.daily.period}",
                     fix="do not change the data meanwhile, use paths that all hosts share; then start again",
                 )
             )
+        plan = _until(plan, period)
         _contexts.clear()
         _contexts[key] = plan, PreparedStore(message["to"], plan.layout, options)
     return _contexts[key]
@@ -257,8 +294,13 @@ def _tell_what_is_left_out(plan: PreparePlan) -> None:
             _log.warning(
                 "%s: days that are not whole everywhere are left out: %d steps before %s, %d from %s on",
                 *(series.name, series.left_out[0], plan.layout.period.start),
-                *(series.left_out[1], plan.layout.period.stop),
+                *(series.left_out[1], plan.daily.period.stop),
             )
+    if plan.layout.period != plan.daily.period:
+        _log.warning(
+            "days from %s on are left out until a stretch of %d days (prepare.shard_days) is whole",
+            *(plan.layout.period.stop, plan.layout.shard[0]),
+        )
 
 
 def _warn_of_split_chunks(plan: PreparePlan) -> None:

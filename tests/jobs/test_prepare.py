@@ -2,6 +2,8 @@
 
 import shutil
 import tracemalloc
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from distributed import Client
 from h2mv_dist import cli
 from h2mv_dist.config import Settings, StorageOptions, load, validate
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
+from h2mv_dist.grid import Period, as_date
 from h2mv_dist.io import daily as daily_module
 from h2mv_dist.io import prepared as prepared_module
 from h2mv_dist.io.ledger import ledger_url
@@ -26,9 +29,22 @@ from h2mv_dist.jobs.prepare import PreparePlan, plan_prepare, prepare_days, star
 from h2mv_dist.jobs.tasks import Message
 from h2mv_dist.model.h2mv import SPEC
 from tests.conftest import PLACES, Place, S3Server, new_place
-from tests.io.builders import FIRST, FORCING, Stored, basins, cf, field_of, published, read, whole, write
+from tests.io.builders import (
+    FIRST,
+    FORCING,
+    LAND,
+    Arrays,
+    Stored,
+    basins,
+    cf,
+    field_of,
+    published,
+    read,
+    whole,
+    write,
+)
 from tests.io.counting import chunk_reads, counting_place, forget_reads
-from tests.io.subdaily import AMOUNTS, expected, hourly, hours_since, starts
+from tests.io.subdaily import AMOUNTS, expected, hourly, hours_since, stamped, starts
 from tests.jobs.conftest import NO_OPTIONS
 
 SMALL = {"shard": [2, 3], "chunk": [2, 3], "shard_days": 30, "chunk_days": 10}
@@ -48,7 +64,7 @@ def prepare_here(plan: PreparePlan, to: str, options: StorageOptions = NO_OPTION
     store.create(overwrite=plan.settings.prepare.overwrite)
     for block in plan.layout.blocks:
         store.record(str(block), prepare_days(plan, store, block), 0.0)
-    store.record(FINISH, store.finish(plan.daily.static), 0.0)
+    store.finish(plan.daily.static)
     return store
 
 
@@ -158,6 +174,130 @@ def test_only_what_has_no_receipt_is_done_again(client: Client, world_url: str, 
     }
     assert all(before[path][1] == after[path][1] for path in before)
     require_same(reopened(plan, str(to)), original(plan.settings))
+
+
+def first_steps(arrays: Arrays, n_steps: int) -> Arrays:
+    """The same data set when it was shorter."""
+    return {
+        name: replace(stored, values=stored.values[:n_steps] if "time" in stored.dims else stored.values)
+        for name, stored in arrays.items()
+    }
+
+
+def rewrite(url: str, arrays: Arrays) -> None:
+    """All files get new times."""
+    shutil.rmtree(url, ignore_errors=True)
+    write(Place(url, NO_OPTIONS), arrays)
+
+
+def data_objects(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time and bytes of all objects but metadata."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json"]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def test_days_are_added_when_the_input_has_grown(
+    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hours are stamped at their end, the last one of a day at midnight, where the first input ends."""
+    data, to = str(tmp_path / "hourly"), tmp_path / "to.zarr"
+    begin = starts("2004-01-01", 1, 24 * 33)
+    arrays = hourly(stamped(begin, 1, "end"), AMOUNTS, (36, 4, 6))
+    cut = {"shard_days": 8, "chunk_days": 4, "stamps": dict.fromkeys(FORCING, "end")}
+
+    def planned(n_hours: int) -> PreparePlan:
+        rewrite(data, first_steps(arrays, n_hours))
+        return plan_prepare(cf_settings(data, cut), NO_OPTIONS)
+
+    run(client, first := planned(24 * 16), str(to))
+    before, reader = data_objects(to), reopened(first, str(to))
+    values = read(reader)
+    assert reader.period.n_days == 16
+    assert start_prepare(client, planned(24 * 24 - 1), str(to), NO_OPTIONS) is None
+    assert "from 2004-01-17 on are left out until a stretch of 8 days (prepare.shard_days)" in caplog.text
+
+    third = planned(24 * 24)
+    store, block = PreparedStore(str(to), third.layout, NO_OPTIONS), third.layout.blocks[2]
+    store.record(str(block), prepare_days(third, store, block), 0.0)
+    assert reopened(first, str(to)).period.n_days == 16, "nothing is shown before all is there"
+
+    assert run(client, planned(24 * 33 - 1), str(to)) == ["2004-01-25..2004-02-02", FINISH]
+    after = data_objects(to)
+    assert {path: after[path] for path in before} == before
+    np.testing.assert_array_equal(read(reader), values)
+    fresh = plan_prepare(cf_settings(data, cut, period="2004-01-01..2004-02-02"), NO_OPTIONS)
+    prepare_here(fresh, str(tmp_path / "fresh"))
+    ours = reopened(fresh, str(to))
+    require_same(ours, reopened(fresh, str(tmp_path / "fresh")))
+    days = expected(arrays["precipitation"].values, begin, "sum").loc["2004-01-01":"2004-02-01"]
+    np.testing.assert_allclose(read(ours).reshape(32, -1, 3)[..., 1], days, rtol=1e-6)
+    with xr.open_zarr(to, chunks=None) as opened:
+        assert opened.sizes["time"] == 32
+        assert str(opened["time"].values[-1])[:10] == "2004-02-01"
+        assert str(opened["time_bnds"].values[-1, 1])[:10] == "2004-02-02"
+
+
+def test_a_stretch_that_was_cut_off_is_made_whole(client: Client, tmp_path: Path) -> None:
+    data, to = str(tmp_path / "data"), tmp_path / "to.zarr"
+    arrays = cf()
+    for name in FORCING:
+        arrays[name].values = np.concatenate([arrays[name].values, arrays[name].values[:20] + 1])
+    arrays["time"].values = np.arange(100)
+
+    def planned(n_days: int) -> PreparePlan:
+        rewrite(data, first_steps(arrays, n_days))
+        return plan_prepare(cf_settings(data), NO_OPTIONS)
+
+    run(client, planned(80), str(to))
+    before = data_objects(to)
+    assert start_prepare(client, planned(89), str(to), NO_OPTIONS) is None, "not whole yet"
+    last = planned(95)
+    assert run(client, last, str(to)) == ["2004-03-15..2004-04-14", FINISH]
+    after = data_objects(to)
+    changed = {path.relative_to(to) for path in before if after[path] != before[path]}
+    assert changed == {p.relative_to(to) for p in before if p.relative_to(to).parts[1:3] == ("c", "2")}
+    period = Period(FIRST, as_date(last.layout.period.first + 90))
+    require_same(reopened(last, str(to)), original(cf_settings(data, period=str(period))))
+
+
+def test_what_was_begun_goes_on_with_a_longer_or_shorter_input(client: Client, tmp_path: Path) -> None:
+    data, to = str(tmp_path / "data"), str(tmp_path / "to.zarr")
+    write(Place(data, NO_OPTIONS), cf())
+
+    def planned(n_days: int) -> PreparePlan:
+        period = Period(FIRST, as_date(Period(FIRST, date(2005, 1, 1)).first + n_days))
+        return plan_prepare(cf_settings(data, period=str(period)), NO_OPTIONS)
+
+    begun = planned(60)
+    store = PreparedStore(to, begun.layout, NO_OPTIONS)
+    store.create(overwrite=False)
+    for block in begun.layout.blocks:
+        store.record(str(block), prepare_days(begun, store, block), 0.0)
+    # the last stretch is written shorter, which its longer receipt must not outlive
+    shorter = planned(50)
+    assert run(client, shorter, to) == ["2004-02-14..2004-03-05", FINISH]
+    require_same(reopened(shorter, to), original(shorter.settings))
+    assert run(client, planned(60), to) == ["2004-02-14..2004-03-15", FINISH]
+    require_same(reopened(begun, to), original(begun.settings))
+    with pytest.raises(DataError, match=r"ends before the store(.|\n)*at least 60 days(.|\n)*50"):
+        start_prepare(client, shorter, to, NO_OPTIONS)
+
+
+def test_other_fixed_values_are_refused_and_forcing_from_elsewhere_is_told(
+    client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, other, to = str(tmp_path / "data"), str(tmp_path / "other"), str(tmp_path / "to.zarr")
+    rewrite(data, first_steps(cf(), 60))
+    run(client, plan_prepare(cf_settings(data), NO_OPTIONS), to)
+    assert "same product" not in caplog.text
+    arrays = cf()
+    rewrite(other, first_steps(arrays, 70))
+    assert start_prepare(client, plan_prepare(cf_settings(other), NO_OPTIONS), to, NO_OPTIONS) is None
+    assert f"forcing from {data} and goes on with that from {other}" in caplog.text
+    arrays["clay"].values[LAND] += 1
+    rewrite(data, arrays)
+    with pytest.raises(StoreError, match=r"another prepared store(.|\n)*differs in fixed\n"):
+        start_prepare(client, plan_prepare(cf_settings(data), NO_OPTIONS), to, NO_OPTIONS)
 
 
 def test_each_map_of_the_input_is_read_once(tmp_path: Path) -> None:
@@ -380,6 +520,7 @@ def test_other_data_on_a_worker_are_refused(world_url: str, tmp_path: Path) -> N
         "to": str(tmp_path),
         "forcing": plan.layout.forcing,
         "fingerprint": "0" * 16,
+        "period": str(plan.layout.period),
         "settings": plan.settings.model_dump(mode="json"),
         "storage_options": {},
     }
