@@ -17,6 +17,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource
 from h2mv_dist.errors import DataError, StoreError
 from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io import stores as stores_module
+from h2mv_dist.io.fast_reads import with_fast_reads
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import get_object, join, list_objects, open_store, put_object
 from tests.conftest import PLACES, SECRET, Place, S3Server, new_place, storage_options
@@ -329,9 +331,20 @@ def test_a_damaged_chunk_is_named(source: Source, world: Place) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_a_flipped_bit_in_a_checked_chunk_is_never_used(
-    kind: str, sharded: bool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    sharded: bool,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = new_place(kind, request, tmp_path_factory)
+    through_obstore: list[Any] = []
+
+    def noted(*given: Any) -> Any:
+        through_obstore.append(with_fast_reads(*given))
+        return through_obstore[-1]
+
+    monkeypatch.setattr(stores_module, "with_fast_reads", noted)
     arrays = cf()
     rain = arrays.pop("precipitation")
     write(place, arrays)
@@ -360,6 +373,7 @@ def test_a_flipped_bit_in_a_checked_chunk_is_never_used(
             source.read_forcing(whole(source), source.period)
     put_object(chunk, good, place.options)
     np.testing.assert_array_equal(source.read_forcing(whole(source), source.period)[..., 1], rain.values)
+    assert any(store._worked for store in through_obstore) == (kind == "s3")
 
 
 def test_wrong_credentials_are_found_when_opening_and_stay_secret(s3_server: S3Server) -> None:
