@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import date, datetime
@@ -33,6 +33,7 @@ from h2mv_dist.cli_common import (
 )
 from h2mv_dist.cli_jobs import jobs_app
 from h2mv_dist.config import (
+    ClusterSettings,
     DataSettings,
     Settings,
     StorageOptions,
@@ -44,13 +45,17 @@ from h2mv_dist.config import (
 from h2mv_dist.errors import ConfigError, H2mvError, NothingNewError
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from h2mv_dist.io.cube_check import CubeCheck
+    from h2mv_dist.jobs.handle import JobHandle
 
 FAILED = 1
 WRONG_INPUT = 2
 TRY_LATER = 75
 TERMINATED = 143
 STOPPED_SECONDS = 0.5
+_THE_SAME = "the same command"
 
 app = typer.Typer(
     name="h2mv-dist",
@@ -115,9 +120,6 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
-    from h2mv_dist.display import watching
-    from h2mv_dist.jobs.cluster import connect
-    from h2mv_dist.jobs.handle import running
     from h2mv_dist.jobs.training import job_id, plan_training, start_training
 
     folder = resume or job
@@ -126,14 +128,12 @@ def train(
     extra = [*(set_ or []), *_sweep_overrides(sweep, seeds)]
     chosen, options = _settings(settings, extra, address, resume)
     plan = plan_training(chosen, folder, options)
-    with connect(chosen.cluster) as client, _leaving_gracefully(chosen, folder):
-        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = running(client, job_id("train", folder))
-        if handle is not None:
-            console.print("the job is running already, with the settings it was started with: watching it")
-        handle = handle or start_training(client, plan)
-        with watching(console) as watch:
-            handle.wait(watch)
+    name = job_id("train", folder)
+    _run(
+        chosen.cluster,
+        lambda client: _found_running(client, name) or start_training(client, plan),
+        f"h2mv-dist train --resume {folder}",
+    )
     console.print(f"trained; checkpoints, metrics, logs and summary.csv: {folder}", soft_wrap=True)
 
 
@@ -167,7 +167,8 @@ def infer(
 ) -> None:
     """Run trained folds over the whole grid into an output cube; run again to finish what is missing.
 
-    Exit code 75 if there is nothing to append yet, so that a timer can try again.
+    The same command again watches the job if it is running. Exit code 75 if there is nothing to append yet, so
+    that a timer can try again.
     """
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.forecast import forecast, require_room
@@ -195,19 +196,17 @@ def prepare(
     address: Address = None,
 ) -> None:
     """Make forcing daily, in our units and chunked for tiles, once; run again to finish what is missing."""
-    from h2mv_dist.display import watching
-    from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
+    from h2mv_dist.jobs.training import job_id
 
     chosen, options = _settings(settings, set_, address)
     plan = plan_prepare(chosen, options)
     console.print(plan.summary(), soft_wrap=True)
-    with connect(chosen.cluster) as client:
-        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = start_prepare(client, plan, to, options)
-        if handle is not None:
-            with watching(console) as watch:
-                handle.wait(watch)
+    name = job_id("prepare", to)
+    _run(
+        chosen.cluster,
+        lambda client: _found_running(client, name) or start_prepare(client, plan, to, options),
+    )
     section = _as_data_section(plan.layout.data(to))
     console.print(f"prepared; use it with these settings:\n{section}", markup=False, soft_wrap=True)
 
@@ -237,10 +236,10 @@ def compact(
     Only whole shards of the copy are copied; days beyond stay in the first cube. Exit code 75 if there is
     nothing new to copy yet.
     """
-    from h2mv_dist.display import watching
-    from h2mv_dist.jobs.cluster import connect, known_options
+    from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.compact import plan_compact, start_compact
     from h2mv_dist.jobs.configuration import load_cluster
+    from h2mv_dist.jobs.training import job_id
 
     changes = with_address(set_, address)
     options, settings = known_options(load_options(None, changes)), load_cluster(None, changes)
@@ -248,11 +247,8 @@ def compact(
         cube, target, options, shard_days=shard_days, chunk_days=chunk_days, chunk=_sizes(chunk)
     )
     console.print(plan.summary(), soft_wrap=True)
-    with connect(settings) as client:
-        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = start_compact(client, plan, options)
-        with watching(console) as watch:
-            handle.wait(watch)
+    name = job_id("compact", target)
+    _run(settings, lambda client: _found_running(client, name) or start_compact(client, plan, options))
     console.print(f"compacted; open it with {_opening(target)}", markup=False, soft_wrap=True)
 
 
@@ -489,28 +485,61 @@ def _fill(
     since: date | None = None,
 ) -> None:
     """Compute what a cube lacks, and what it holds ``since`` some day, and wait for it."""
-    from h2mv_dist.display import watching
-    from h2mv_dist.jobs.cluster import connect
     from h2mv_dist.jobs.cube_plan import plan_inference
-    from h2mv_dist.jobs.inference import require_idle, roll_back, start_inference
+    from h2mv_dist.jobs.handle import require_idle
+    from h2mv_dist.jobs.inference import roll_back, start_inference
+    from h2mv_dist.jobs.training import job_id
 
     # before anything is started, or rolled back for a cube that cannot be continued
-    plan = plan_inference(settings, job, options, cube=cube, append=append)
+    plan, name = plan_inference(settings, job, options, cube=cube, append=append), job_id("infer", cube)
     console.print(plan.summary(), soft_wrap=True)
-    with connect(settings.cluster) as client:
+
+    def start(client: "Client") -> "JobHandle | None":
+        if since is None:
+            return _found_running(client, name) or start_inference(client, plan, job, cube, options)
+        require_idle(client, name)
+        shorter = roll_back(cube, since, options)
+        console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
+        longer = plan_inference(settings, job, options, cube=cube, append=True)
+        return start_inference(client, longer, job, cube, options)
+
+    again = _THE_SAME if since is None else f"{_THE_SAME}, with --append instead of --from"
+    if _run(settings.cluster, start, again):
+        console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+    else:
+        console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
+
+
+def _run(
+    cluster: ClusterSettings, start: "Callable[[Client], JobHandle | None]", again: str = _THE_SAME
+) -> bool:
+    """Start a job, or find it running, and watch it until it has ended; False if there was nothing to do.
+
+    Args:
+        cluster: where it runs.
+        start: given a client, starts the job; None if there is nothing to do.
+        again: the command that goes on with it.
+    """
+    from h2mv_dist.display import watching
+
+    with _client(cluster, again) as client:
         console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        if since is not None:
-            require_idle(client, cube)
-            shorter = roll_back(cube, since, options)
-            console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
-            plan = plan_inference(settings, job, options, cube=cube, append=True)
-        handle = start_inference(client, plan, job, cube, options)
+        handle = start(client)
         if handle is None:
-            console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
-            return
+            return False
         with watching(console) as watch:
             handle.wait(watch)
-    console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+    return True
+
+
+def _found_running(client: "Client", job: str) -> "JobHandle | None":
+    """A job that is running already, which is said then."""
+    from h2mv_dist.jobs.handle import running
+
+    handle = running(client, job)
+    if handle is not None:
+        console.print("the job is running already, with the settings it was started with: watching it")
+    return handle
 
 
 def _sizes(text: str | None) -> tuple[int, ...] | None:
@@ -583,19 +612,31 @@ def _terminate(*_: object) -> None:
 
 
 @contextmanager
-def _leaving_gracefully(settings: Settings, folder: str) -> Iterator[None]:
-    """Say what becomes of the job when the user presses Ctrl-C, or a batch system sends SIGTERM."""
+def _client(cluster: ClusterSettings, again: str) -> Iterator["Client"]:
+    """A client of the cluster; both Ctrl-C and SIGTERM of a batch system close it, and say how to go on."""
+    from h2mv_dist.jobs.cluster import connect
+
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield
+        with connect(cluster) as client, _telling_fate(cluster, again):
+            yield client
     except KeyboardInterrupt as stop:
-        elsewhere = settings.cluster.address or settings.cluster.scheduler_file
-        fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
-        console.print(f"{fate} with: h2mv-dist train --resume {folder}", soft_wrap=True)
         raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED) from None
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _telling_fate(cluster: ClusterSettings, again: str) -> Iterator[None]:
+    """When the command is interrupted, say what becomes of the job before the cluster takes time to close."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        elsewhere = cluster.address or cluster.scheduler_file
+        fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
+        console.print(f"{fate} with: {again}", soft_wrap=True)
+        raise
 
 
 def main() -> None:

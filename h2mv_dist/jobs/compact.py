@@ -40,7 +40,7 @@ from h2mv_dist.io.ledger import Ledger, gaps, ledger_url
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE, Sink, StoredValues
 from h2mv_dist.io.stores import displayed, local_path, public
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
-from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
@@ -174,6 +174,8 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
     """
     from h2mv_dist.jobs.training import job_id
 
+    name = job_id("compact", plan.target)
+    require_idle(client, name)
     require_workers(client, 1, "compact")
     require_same_versions(client)
     _require_memory(client, plan)
@@ -193,10 +195,7 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
         "storage_options": options.reveal(),
     }
     final = Unit(FINISH, "compact", {}, attempts=_ATTEMPTS, steps=0)
-    return submit(
-        client,
-        Job(job_id("compact", plan.target), plan.target, common, tuple(_units(plan)), final),
-    )
+    return submit(client, Job(name, plan.target, common, tuple(_units(plan)), final))
 
 
 def run_compact_unit(message: Message) -> None:

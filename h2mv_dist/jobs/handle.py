@@ -20,6 +20,7 @@ _GO_ON: Final = (
     "run the same command again, or h2mv-dist train --resume with the job's folder; "
     "what was finished is not lost"
 )
+_REFUSED: Final = "; wait for it, or cancel it first"
 
 Watcher = Callable[[Mapping[str, Any]], None]
 """Called with the job's status (see ``Job.status``) again and again while it runs."""
@@ -88,6 +89,16 @@ def running(client: Client, job: str) -> JobHandle | None:
     return JobHandle(job, client) if status is not None and not status["finished"] else None
 
 
+def require_idle(client: Client, job: str) -> None:
+    """Refuse a job that is running on the client's scheduler, before anything is changed for a second one.
+
+    Raises:
+        JobError: it is.
+    """
+    if running(client, job) is not None:
+        raise JobError(f"job {job} is already running on this scheduler{_REFUSED}")
+
+
 def submit(client: Client, job: Job) -> JobHandle:
     """Hand a job to the coordinator, and leave a record of that beside what it fills.
 
@@ -95,7 +106,8 @@ def submit(client: Client, job: Job) -> JobHandle:
         JobError: a job of this name is running.
         StoreError: the record cannot be written.
     """
-    if running(client, job.id) is None and job.place:
+    require_idle(client, job.id)
+    if job.place:
         job.run = secrets.token_hex(4)
         begun = RunRecord(
             id=job.id,
@@ -110,7 +122,7 @@ def submit(client: Client, job: Job) -> JobHandle:
     if refusal is None:
         raise _no_coordinator(client)
     if refusal:
-        raise JobError(f"{refusal}; wait for it, or cancel it first")
+        raise JobError(f"{refusal}{_REFUSED}")
     return JobHandle(job.id, client)
 
 

@@ -26,7 +26,7 @@ from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
-from h2mv_dist.jobs.handle import JobHandle, running, submit
+from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.training import job_id
@@ -51,7 +51,8 @@ def start_inference(
     Raises:
         H2mvError: another cube is there, the cluster or the disk is too small, or the job runs already.
     """
-    settings = planned.settings
+    settings, name = planned.settings, job_id("infer", cube)
+    require_idle(client, name)
     require_workers(client, 1, "inference")
     require_same_versions(client)
     _require_memory(client, planned)
@@ -78,7 +79,7 @@ def start_inference(
         for tile in in_good_order(planned, missing)
     )
     final = Unit(FINISH_UNIT, "finish", {}, attempts=attempts, steps=0)
-    return submit(client, Job(job_id("infer", cube), cube, common, units, final))
+    return submit(client, Job(name, cube, common, units, final))
 
 
 def submit_inference(
@@ -112,16 +113,6 @@ def in_good_order(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]]) -
         return list(missing)
     mask = planned.layout.grid.mask
     return sorted(missing, key=lambda tile: -int(mask[tile.slices].sum()))
-
-
-def require_idle(client: Client, cube: str) -> None:
-    """Refuse a cube that a job on this scheduler is working on.
-
-    Raises:
-        JobError: one is.
-    """
-    if running(client, job_id("infer", cube)) is not None:
-        raise JobError(f"a job is filling {displayed(cube)}; wait for it, or cancel it first")
 
 
 def roll_back(cube: str, day: date, options: StorageOptions) -> Progress:

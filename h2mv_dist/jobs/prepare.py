@@ -23,7 +23,7 @@ from h2mv_dist.io.handles import fixed_values, places_of
 from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
-from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
@@ -151,8 +151,9 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
 
     shown = PreparedStore(to, plan.layout, options).shown_days()
     plan = _until(plan, lengthened(plan.daily.period, shown, plan.layout.shard[0]))
-    settings, store = plan.settings, PreparedStore(to, plan.layout, options)
+    settings, store, name = plan.settings, PreparedStore(to, plan.layout, options), job_id("prepare", to)
     _refuse_input(plan, to)
+    require_idle(client, name)
     require_workers(client, 1, "prepare")
     require_same_versions(client)
     _require_memory(client, plan)
@@ -178,7 +179,7 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     attempts = settings.prepare.attempts
     units = tuple(Unit(name, "prepare", {}, attempts=attempts) for name in names)
     final = Unit(FINISH, "prepare", {}, attempts=attempts, steps=0)
-    return submit(client, Job(job_id("prepare", to), to, common, units, final))
+    return submit(client, Job(name, to, common, units, final))
 
 
 def run_prepare_unit(message: Message) -> None:

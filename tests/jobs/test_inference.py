@@ -3,12 +3,14 @@
 import hashlib
 import math
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import xarray as xr
@@ -18,14 +20,17 @@ from h2mv_dist import cli
 from h2mv_dist.config import Settings, load, to_json
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
 from h2mv_dist.io.cube_check import verify_cube
-from h2mv_dist.io.ledger import Ledger
+from h2mv_dist.io.ledger import Ledger, ledger_url
 from h2mv_dist.jobs.cube_plan import plan_from_message, plan_inference
 from h2mv_dist.jobs.inference import start_inference, submit_inference, warn_of_split_chunks
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.h2mv import SPEC
 from h2mv_dist.model.rollout import spin_up
+from tests.faults.conftest import settings_file
+from tests.faults.processes import is_alive
 from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.processes import process, wait_until
 
 
 def infer(client: Client, settings: Settings, job: str, cube: Path) -> None:
@@ -110,6 +115,29 @@ def test_members_give_mean_and_spread(
             np.testing.assert_allclose(spread[name], mean, rtol=1e-5)
             std = every[name].std("member", skipna=False)
             np.testing.assert_allclose(spread[f"{name}_spread"], std, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_batch_system_ends_the_command_and_its_workers(
+    world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    fine = {"tile": [3, 6], "shard": [3, 6], "chunk": [3, 6], "outputs": ["runoff"]}
+    cube, log = tmp_path / "cube.zarr", tmp_path / "log"
+    file = settings_file(tmp_path, small_settings(world_url, cache, inference=fine))
+    command = ("infer", file, "--job", job, "--cube", str(cube), "--set", "cluster.kind=local")
+    with process(log, "h2mv_dist.cli", *command) as stopped:
+        ledger = Path(ledger_url(str(cube)))
+        wait_until(lambda: len(list(ledger.rglob("*.json"))) > 3, "some tiles", log, seconds=180)
+        workers = psutil.Process(stopped.pid).children(recursive=True)
+        stopped.send_signal(signal.SIGTERM)
+        assert stopped.wait(60) == 143, log.read_text()
+    wait_until(lambda: not any(map(is_alive, workers)), "the end of all workers", log)
+    assert "the job stops with its cluster; go on with: the same command" in log.read_text()
+    assert "h2mv_dist/" not in log.read_text(), "a traceback of ours"
+    assert not verify_cube(str(cube), NO_OPTIONS).complete
+    with process(log, "h2mv_dist.cli", *command) as again:
+        assert again.wait(240) == 0, log.read_text()
+    assert verify_cube(str(cube), NO_OPTIONS).complete
 
 
 def test_another_checkpoint_or_geometry_is_refused_and_nothing_touched(
