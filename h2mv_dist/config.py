@@ -507,7 +507,8 @@ class ClusterSettings(_Settings):
     """Where work runs."""
 
     kind: Literal["auto", "local", "cuda", "address", "slurm"] = "auto"
-    """``auto``: the running scheduler if one is named, else the GPUs if there are any, else the CPU."""
+    """``auto``: the running scheduler if one is named, else the GPUs if there are any, else the CPU. Who says
+    one of kind, address and scheduler file, as on a command line, replaces all three of file, job or site."""
     workers: int = Field(2, ge=1, le=10_000)
     """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead."""
     address: str | None = None
@@ -585,6 +586,8 @@ SettingsLike = str | Path | Mapping[str, Any]
 """A TOML file, or the same as a mapping of sections."""
 _SECRET_TABLE: Final = "storage_options"
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+_WHICH_CLUSTER: Final = frozenset({"kind", "address", "scheduler_file"})
+"""Settings of the cluster that say which one it is."""
 SITE: Final = "h2mv_dist"
 """The section of Dask's configuration."""
 _NOT_TOML: Final = (ValueError, RecursionError)
@@ -639,7 +642,7 @@ def revise(settings: Settings, overrides: Sequence[str]) -> Settings:
     """
     changes = _changes(overrides)
     changes.pop(_SECRET_TABLE, None)
-    return validate(_merged(to_json(settings), changes), where="command line")
+    return validate(layered(to_json(settings), changes), where="command line")
 
 
 def load_options(path: SettingsLike | None, overrides: Sequence[str] = ()) -> StorageOptions:
@@ -668,7 +671,7 @@ def to_json(settings: Settings) -> dict[str, Any]:
 
 def _built(model: type[_S], tree: Mapping[str, Any], where: str, site: Mapping[str, Any] = _NOTHING) -> _S:
     try:
-        return model.model_validate(_merged(site, tree))
+        return model.model_validate(layered(site, tree))
     except ValidationError as error:
         sources = f"{where} and Dask's configuration, {SITE}" if site else where
         lines = [f"settings in {sources} are not valid (h2mv-dist settings explains all of them):"]
@@ -698,7 +701,7 @@ def _read(path: SettingsLike | None, overrides: Sequence[str]) -> tuple[dict[str
     """The plain tree of a file and overrides, and where it is from."""
     given = path if isinstance(path, Mapping) else {} if path is None else _read_toml(path)
     name = "the mapping" if isinstance(path, Mapping) else path
-    tree = _merged(given, _changes(overrides))
+    tree = layered(given, _changes(overrides))
     origins = [*([str(name)] if name is not None else []), *(["the command line"] if overrides else [])]
     return tree, " and ".join(origins) or "no file"
 
@@ -734,6 +737,19 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _apply(tree, override)
     return tree
+
+
+def layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over others; those that say which cluster to use count together, or not at all.
+
+    >>> layered({"cluster": {"kind": "slurm", "workers": 4}}, {"cluster": {"address": "tcp://host:8786"}})
+    {'cluster': {'workers': 4, 'address': 'tcp://host:8786'}}
+    """
+    cluster = below.get("cluster")
+    if _are_tables(cluster, above.get("cluster")) and _WHICH_CLUSTER & above["cluster"].keys():
+        rest = {key: value for key, value in below["cluster"].items() if key not in _WHICH_CLUSTER}
+        below = {**below, "cluster": rest}
+    return _merged(below, above)
 
 
 def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

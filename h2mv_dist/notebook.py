@@ -30,6 +30,7 @@ from h2mv_dist.config import (
     Settings,
     SettingsLike,
     StorageOptions,
+    layered,
     shared_place,
 )
 from h2mv_dist.display import watching
@@ -121,7 +122,7 @@ atexit.register(disconnect)
 
 def _cluster_settings(settings: SettingsLike | None, changes: Mapping[str, Any]) -> ClusterSettings:
     of_file = load_cluster(settings).model_dump(exclude_unset=True)
-    return load_cluster({"cluster": {**of_file, **changes}})
+    return load_cluster(layered({"cluster": of_file}, {"cluster": changes}))
 
 
 def train(

@@ -9,6 +9,7 @@ import pytest
 from h2mv_dist.cli import _opening, app
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, load, to_json, validate
 from h2mv_dist.errors import ConfigError
+from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.template import settings_template
 
 SECRET = "hush-hush-canary"
@@ -148,6 +149,33 @@ def test_places_do_not_depend_on_the_folder(
         data = settings.data
         assert data.mask is not None
         assert (folder, data.url, data.variables["runoff"].url, data.mask.url) == (meant,) * 4
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words", "kind", "address"),
+    [
+        ({"scheduler_file": "x.json"}, ["--address", "tcp://y:1"], "address", "tcp://y:1"),
+        ({"kind": "slurm"}, ["--address", "tcp://y:1"], "address", "tcp://y:1"),
+        ({"address": "tcp://x:1"}, ["--set", "cluster.kind=local"], "local", None),
+        ({"address": "tcp://x:1"}, ["--set", "cluster.workers=3"], "auto", "tcp://x:1"),
+    ],
+)
+def test_a_job_goes_on_elsewhere(
+    recorded: dict[str, str],
+    words: list[str],
+    kind: str,
+    address: str | None,
+    plans: list[tuple[Settings, str]],
+    tmp_path: Path,
+) -> None:
+    JobFolder(str(tmp_path), StorageOptions()).create(
+        validate({"data": {"url": "/x"}, "cluster": recorded}, "test")
+    )
+    with pytest.raises(PlannedError):
+        app(["train", "--resume", str(tmp_path), *words], standalone_mode=False)
+    ((settings, _),) = plans
+    found = settings.cluster
+    assert (found.kind, found.address, found.scheduler_file) == (kind, address, None)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,29 @@ def test_each_place_comes_before_the_next(tmp_path: Path) -> None:
     assert (training.epochs, training.ranks, training.patience, training.batch_size) == (2, 3, 4, 256)
 
 
+@pytest.mark.parametrize(
+    ("of_site", "file", "overrides", "kind", "where"),
+    [
+        ({"kind": "slurm"}, "", ["cluster.address=tcp://x:1"], "auto", "tcp://x:1"),
+        ({"kind": "slurm"}, 'address = "tcp://x:1"', [], "auto", "tcp://x:1"),
+        ({"scheduler_file": "x.json"}, 'address = "tcp://x:1"', [], "auto", "tcp://x:1"),
+        ({}, 'scheduler_file = "x.json"', ["cluster.address=tcp://x:1"], "auto", "tcp://x:1"),
+        ({}, 'address = "tcp://x:1"', ["cluster.kind=local"], "local", None),
+        ({"address": "tcp://x:1"}, 'kind = "local"', ["cluster.workers=5"], "local", None),
+        ({"address": "tcp://x:1"}, "workers = 5", [], "auto", "tcp://x:1"),
+    ],
+)
+def test_a_cluster_is_named_by_one_place(
+    of_site: dict[str, Any], file: str, overrides: list[str], kind: str, where: str | None, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'[data]\nurl = "/x"\n[cluster]\nthreads_per_worker = 3\n{file}\n')
+    with site({"cluster": {**of_site, "memory_limit": "1GiB"}}):
+        for found in (load_cluster(settings, overrides), load(settings, overrides)[0].cluster):
+            assert (found.kind, found.address, found.scheduler_file) == (kind, where, None)
+            assert (found.threads_per_worker, found.memory_limit) == (3, "1GiB"), "the rest is as it was"
+
+
 def test_environment_and_files_are_read_as_dask_reads_them(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(
         "h2mv-dist:\n  training:\n    batch-size: 7\n    learning_rate: 1e-3\n"

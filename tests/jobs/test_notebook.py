@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import numpy as np
 import psutil
 import pytest
@@ -45,6 +46,14 @@ def endless(client: Client, world_url: str, cache: Path, tmp_path: Path) -> Iter
     yield job
     hd.connect(client)
     job.cancel()
+
+
+def test_an_address_comes_before_what_the_site_says(client: Client) -> None:
+    address = scheduler_address(client)
+    for other in ({"kind": "slurm"}, {"address": "tcp://127.0.0.1:1"}, {"scheduler_file": "/nowhere"}):
+        with dask.config.set({"h2mv_dist.cluster": other}):
+            assert scheduler_address(hd.connect(address)) == address
+            assert scheduler_address(hd.connect(settings={"cluster": {"address": address}})) == address
 
 
 def test_a_trained_job_tells_what_it_made(trained: Job) -> None:
