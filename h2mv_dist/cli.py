@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from h2mv_dist.cli_common import (
@@ -26,6 +25,7 @@ from h2mv_dist.cli_common import (
     ClusterFile,
     Overrides,
     console,
+    errors,
     named_scheduler,
     place,
     print_json,
@@ -68,7 +68,6 @@ app = typer.Typer(
 cluster_app = typer.Typer(help="Workers: on this machine, its GPUs or through Slurm.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(jobs_app, name="jobs")
-errors = Console(stderr=True)
 
 
 SETTINGS_HELP = "Settings file (TOML); at least data.url. `h2mv-dist settings` prints all settings."
@@ -120,7 +119,8 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
-    from h2mv_dist.jobs.training import job_id, plan_training, start_training
+    from h2mv_dist.jobs.messages import job_id
+    from h2mv_dist.jobs.training import plan_training, start_training
 
     folder = resume or job
     if folder is None or (settings is None) == (resume is None):
@@ -167,8 +167,8 @@ def infer(
 ) -> None:
     """Run trained folds over the whole grid into an output cube; run again to finish what is missing.
 
-    The same command again watches the job if it is running. Exit code 75 if there is nothing to append yet, so
-    that a timer can try again.
+    The same command again watches the job if it is running. Exit code 75 if there is nothing to append yet,
+    so that a timer can try again.
     """
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.forecast import forecast, require_room
@@ -196,8 +196,8 @@ def prepare(
     address: Address = None,
 ) -> None:
     """Make forcing daily, in our units and chunked for tiles, once; run again to finish what is missing."""
+    from h2mv_dist.jobs.messages import job_id
     from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
-    from h2mv_dist.jobs.training import job_id
 
     chosen, options = _settings(settings, set_, address)
     plan = plan_prepare(chosen, options)
@@ -239,7 +239,7 @@ def compact(
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.compact import plan_compact, start_compact
     from h2mv_dist.jobs.configuration import load_cluster
-    from h2mv_dist.jobs.training import job_id
+    from h2mv_dist.jobs.messages import job_id
 
     changes = with_address(set_, address)
     options, settings = known_options(load_options(None, changes)), load_cluster(None, changes)
@@ -488,7 +488,7 @@ def _fill(
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.handle import require_idle
     from h2mv_dist.jobs.inference import roll_back, start_inference
-    from h2mv_dist.jobs.training import job_id
+    from h2mv_dist.jobs.messages import job_id
 
     # before anything is started, or rolled back for a cube that cannot be continued
     plan, name = plan_inference(settings, job, options, cube=cube, append=append), job_id("infer", cube)

@@ -13,6 +13,7 @@ from h2mv_dist.errors import ConfigError, describe
 INTERRUPTED: Final = 130
 
 console = Console()
+errors = Console(stderr=True)
 
 
 def place(param: typer.CallbackParam, value: str | None) -> str | None:

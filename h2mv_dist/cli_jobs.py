@@ -14,13 +14,15 @@ from h2mv_dist.cli_common import (
     ClusterFile,
     Overrides,
     console,
+    errors,
     named_scheduler,
     place,
     print_json,
     scheduler_if_named,
     with_address,
 )
-from h2mv_dist.config import load_options
+from h2mv_dist.config import ClusterSettings, load_options
+from h2mv_dist.errors import JobError
 
 if TYPE_CHECKING:
     from h2mv_dist.notebook import Job
@@ -145,7 +147,10 @@ def _found(name: str, settings: str | None, changes: list[str]) -> Iterator["Job
 
 @contextmanager
 def _connected(settings: str | None, changes: list[str], *, needed: bool) -> Iterator[Any]:
-    """The client of the scheduler that options, file or configuration name; no cluster is ever started."""
+    """The client of the scheduler that options, file or configuration name; no cluster is ever started.
+
+    None if there is no such scheduler, and none is needed.
+    """
     import h2mv_dist.notebook as nb
 
     chosen = named_scheduler(settings, changes) if needed else scheduler_if_named(settings, changes)
@@ -153,9 +158,22 @@ def _connected(settings: str | None, changes: list[str], *, needed: bool) -> Ite
         yield None
         return
     try:
-        yield nb.connect(settings={"cluster": chosen.model_dump(exclude_unset=True)})
+        yield _reached(chosen, needed=needed)
     finally:
         nb.disconnect()
+
+
+def _reached(chosen: ClusterSettings, *, needed: bool) -> Any:
+    import h2mv_dist.notebook as nb
+
+    try:
+        return nb.connect(settings={"cluster": chosen.model_dump(exclude_unset=True)})
+    except JobError as error:
+        if needed:
+            raise
+        said = f"{error}\nso this is what was recorded"
+        errors.print(said, markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
 def _as_record(status: dict[str, Any]) -> dict[str, Any]:

@@ -56,13 +56,13 @@ from h2mv_dist.jobs.handle import (
 from h2mv_dist.jobs.html import jobs_html
 from h2mv_dist.jobs.inference import start_inference
 from h2mv_dist.jobs.logs import RankLog, recorded_logs, with_what_runs
-from h2mv_dist.jobs.messages import is_id, kind_of
+from h2mv_dist.jobs.messages import is_id, job_id, kind_of
 from h2mv_dist.jobs.page import page_of
 from h2mv_dist.jobs.progress import duration, progress_of, speed
 from h2mv_dist.jobs.recorded import RecordedJob, find_job, recorded_folds, recorded_jobs, unreadable
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.summary import FILE as SUMMARY
-from h2mv_dist.jobs.training import job_id, plan_training, start_training
+from h2mv_dist.jobs.training import plan_training, start_training
 from h2mv_dist.variables import nearest
 
 if TYPE_CHECKING:

@@ -196,6 +196,26 @@ def list_objects(url: str, options: StorageOptions) -> tuple[str, ...]:
     return tuple(sorted(_found(url, options)))
 
 
+class Listing(NamedTuple):
+    """Names of the objects and of the folders right in a folder, sorted."""
+
+    objects: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+def list_folder(url: str, options: StorageOptions) -> Listing:
+    """What is right in a folder, without what lies deeper; nothing where nothing was written.
+
+    Raises:
+        StoreError: the store cannot be reached or read.
+    """
+    with explained(url, options):
+        local = local_path(url)
+        found = _in_local(local) if local is not None else _in_remote(_remote(url, options))
+    folders = {name for name, is_folder in found.items() if is_folder}
+    return Listing(tuple(sorted(found.keys() - folders)), tuple(sorted(folders)))
+
+
 def delete_tree(url: str, options: StorageOptions) -> None:
     """Delete the object at ``url`` and every object below it; a bucket itself stays.
 
@@ -300,6 +320,12 @@ def displayed(url: str) -> str:
     'ftp://***@host/cube'
     """
     return _USER_INFO.sub("***@", url)
+
+
+def resolved(url: str) -> str:
+    """One spelling for one place."""
+    local = local_path(url)
+    return url.rstrip("/") if local is None else str(local.resolve())
 
 
 def public(url: str) -> str:
@@ -489,6 +515,30 @@ def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith(_HIDDEN):
             yield path
+
+
+def _in_local(folder: Path) -> dict[str, bool]:
+    """Name -> whether it is a folder."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {
+            entry.name: entry.is_dir()
+            for entry in entries
+            # a link to a folder may lead back
+            if not entry.name.startswith(_HIDDEN) and not (entry.is_symlink() and entry.is_dir())
+        }
+
+
+def _in_remote(place: _Remote) -> dict[str, bool]:
+    """Name -> whether it is a folder."""
+    try:
+        found = place.filesystem.ls(place.path, detail=True)
+    except FileNotFoundError:
+        return {}
+    own = place.path.strip("/")
+    names = {info["name"].strip("/"): info["type"] == "directory" for info in found}
+    return {name.rpartition("/")[2]: deep for name, deep in names.items() if name != own}
 
 
 def _found_remote(url: str, options: StorageOptions) -> dict[str, str]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from math import prod
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from dask.utils import format_bytes
@@ -38,10 +37,10 @@ from h2mv_dist.io.cube_store import (
 )
 from h2mv_dist.io.ledger import Ledger, gaps, ledger_url
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE, Sink, StoredValues
-from h2mv_dist.io.stores import displayed, local_path, public
+from h2mv_dist.io.stores import displayed, public, resolved
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.jobs.versions import require_same_versions
@@ -172,8 +171,6 @@ def start_compact(client: Client, plan: CompactPlan, options: StorageOptions) ->
     Raises:
         H2mvError: workers are too small, the store fails, or the job runs already.
     """
-    from h2mv_dist.jobs.training import job_id
-
     name = job_id("compact", plan.target)
     require_idle(client, name)
     require_workers(client, 1, "compact")
@@ -478,7 +475,7 @@ def _changed(cube: str, found: str) -> JobError:
 
 
 def _refuse_same_place(cube: str, target: str) -> None:
-    one, other = _place(cube), _place(target)
+    one, other = resolved(cube), resolved(target)
     nested = one.startswith(other + "/") or other.startswith(one + "/")
     if one == other or nested or ledger_url(one) == ledger_url(other):
         raise ConfigError(
@@ -490,12 +487,6 @@ def _refuse_same_place(cube: str, target: str) -> None:
                 fix="choose another path",
             )
         )
-
-
-def _place(url: str) -> str:
-    """One spelling for one place."""
-    local = local_path(url)
-    return url.rstrip("/") if local is None else str(Path(local).resolve())
 
 
 def _require_memory(client: Client, plan: CompactPlan) -> None:

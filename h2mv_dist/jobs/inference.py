@@ -27,9 +27,8 @@ from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
-from h2mv_dist.jobs.training import job_id
 from h2mv_dist.jobs.versions import require_same_versions
 
 FINISH_UNIT: Final = "finish"

@@ -1,5 +1,6 @@
 """What travels between client, scheduler and workers: jobs and their units, as plain dictionaries."""
 
+import hashlib
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -266,6 +267,15 @@ def is_id(text: str) -> bool:
     (True, False, False)
     """
     return re.match(ID, text) is not None
+
+
+def job_id(kind: str, url: str) -> str:
+    """One place, one job: the same folder or cube always gives the same id.
+
+    >>> job_id("train", "s3://bucket/job")
+    'train-32564751'
+    """
+    return f"{kind}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
 def kind_of(job: str) -> str:

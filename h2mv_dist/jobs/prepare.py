@@ -24,7 +24,7 @@ from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
 from h2mv_dist.jobs.tasks import Message, report
 from h2mv_dist.jobs.versions import require_same_versions
@@ -147,8 +147,6 @@ def start_prepare(client: Client, plan: PreparePlan, to: str, options: StorageOp
     Raises:
         H2mvError: something else is there, workers or the disk are too small, or the job runs already.
     """
-    from h2mv_dist.jobs.training import job_id
-
     shown = PreparedStore(to, plan.layout, options).shown_days()
     plan = _until(plan, lengthened(plan.daily.period, shown, plan.layout.shard[0]))
     settings, store, name = plan.settings, PreparedStore(to, plan.layout, options), job_id("prepare", to)

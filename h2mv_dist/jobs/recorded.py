@@ -5,25 +5,31 @@ Of any other one nobody knows more than that it is ``unfinished``: whether the l
 scheduler can tell.
 """
 
+import logging
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.errors import JobError, describe
+from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Ledger, gaps
-from h2mv_dist.io.stores import displayed, exists, join, list_objects
-from h2mv_dist.jobs.messages import kind_of
+from h2mv_dist.io.stores import Listing, displayed, exists, join, list_folder
+from h2mv_dist.jobs.messages import job_id, kind_of
 from h2mv_dist.jobs.records import FoldRecord, JobFolder
 from h2mv_dist.jobs.run_record import RunRecord, read_record
 from h2mv_dist.jobs.sweep import variants
-from h2mv_dist.jobs.training import chosen_folds, job_id
+from h2mv_dist.jobs.training import chosen_folds
 
 _READERS: Final = 8
-_RUN: Final = "run.json"
+_RUN: Final = ".run.json"
+_DATA: Final = (".zarr", ".ledger", ".states")
+"""Endings of folders with many objects, none of which is a record of a run."""
+_T = TypeVar("_T")
+
+_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +143,46 @@ def find_job(place: str, options: StorageOptions) -> RecordedJob:
 def recorded_jobs(folder: str, options: StorageOptions) -> tuple[RecordedJob, ...]:
     """Jobs whose record of a run lies below a folder, the last submitted last.
 
+    What cannot be read, such as somebody else's ``run.json``, is left out with a warning.
+
     Raises:
         StoreError: the folder cannot be listed.
     """
-    names = [name for name in list_objects(folder, options) if f".{name}".endswith((f"/{_RUN}", f".{_RUN}"))]
     with ThreadPoolExecutor(_READERS, "h2mv-records") as pool:
-        runs = list(pool.map(lambda name: read_record(join(folder, *name.split("/")), options), names))
-    return tuple(
-        RecordedJob(run.id, run.place, run, options) for run in sorted(runs, key=lambda run: run.submitted)
-    )
+        found = pool.map(_or_warn(lambda url: read_record(url, options)), _records(folder, options, pool))
+        runs = sorted(filter(None, found), key=lambda run: run.submitted)
+    return tuple(RecordedJob(run.id, run.place, run, options) for run in runs)
+
+
+def _records(folder: str, options: StorageOptions, pool: ThreadPoolExecutor) -> Iterator[str]:
+    """URLs of what are records of runs by their names, level by level, but not from within cubes and data."""
+    level = [(folder, list_folder(folder, options))]
+    while level:
+        yield from (
+            join(url, name) for url, found in level for name in found.objects if f".{name}".endswith(_RUN)
+        )
+        deeper = [join(url, name) for url, found in level for name in _worth_a_look(found)]
+        listings = pool.map(_or_warn(lambda url: list_folder(url, options)), deeper)
+        level = [(url, found) for url, found in zip(deeper, listings, strict=True) if found is not None]
+
+
+def _worth_a_look(found: Listing) -> tuple[str, ...]:
+    """Folders that may hold records of runs."""
+    is_zarr = "zarr.json" in found.objects
+    return () if is_zarr else tuple(name for name in found.folders if not name.endswith(_DATA))
+
+
+def _or_warn(read: Callable[[str], _T]) -> Callable[[str], _T | None]:
+    """Reads something, or says why it is left out."""
+
+    def tried(url: str) -> _T | None:
+        try:
+            return read(url)
+        except StoreError as error:
+            _log.warning("left out of the list of jobs: %s", error)
+            return None
+
+    return tried
 
 
 class RecordedFold(NamedTuple):

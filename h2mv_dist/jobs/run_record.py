@@ -6,15 +6,15 @@ for going on are the other records; this one only tells.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
 from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.io.documents import checked
-from h2mv_dist.io.stores import exists, get_object, join, put_object
-from h2mv_dist.jobs.messages import ID, kind_of
+from h2mv_dist.io.stores import exists, get_object, join, put_object, resolved
+from h2mv_dist.jobs.messages import ID, job_id, kind_of
 
 RunState = Literal["running", "done", "failed", "cancelled"]
 
@@ -64,12 +64,25 @@ _RECORD: Final = TypeAdapter(RunRecord)
 
 
 def read_record(url: str, options: StorageOptions) -> RunRecord:
-    """The record at a URL.
+    """The record at a URL; what it speaks of is beside it, also if both were moved or copied.
 
     Raises:
         StoreError: there is none, or it is something else.
     """
-    return checked(_RECORD, get_object(url, options), url)
+    record = checked(_RECORD, get_object(url, options), url)
+    there = resolved(run_url(record.id, record.place)) == resolved(url)
+    return record if there else _moved(record, url)
+
+
+def _moved(record: RunRecord, url: str) -> RunRecord:
+    """A record that lies elsewhere than it was written; the scheduler may know another job of its id."""
+    kind = kind_of(record.id)
+    if kind == "train":
+        place = url.removesuffix("/run.json")
+    else:
+        ending = ".zarr" if record.place.rstrip("/").endswith(".zarr") else ""
+        place = url.removesuffix(".run.json") + ending
+    return replace(record, id=job_id(kind, place), place=place)
 
 
 def run_url(job: str, place: str) -> str:

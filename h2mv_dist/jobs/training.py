@@ -1,6 +1,5 @@
 """The fold-training job: check everything that can be checked early, then submit one unit a fold."""
 
-import hashlib
 import posixpath
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit, is_id
+from h2mv_dist.jobs.messages import Job, Unit, is_id, job_id
 from h2mv_dist.jobs.reach import require_shared
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.sweep import Variant, variants
@@ -206,12 +205,3 @@ def chosen_folds(settings: Settings) -> tuple[int, ...]:
             f"training.folds = {list(folds)}: expected fold numbers from 0 to {count - 1}, at least one"
         )
     return folds
-
-
-def job_id(kind: str, url: str) -> str:
-    """One place, one job: the same folder or cube always gives the same id.
-
-    >>> job_id("train", "s3://bucket/job")
-    'train-32564751'
-    """
-    return f"{kind}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"

@@ -9,9 +9,9 @@ import pytest
 
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs.handle import running
-from h2mv_dist.jobs.messages import FIRST_PAUSE_SECONDS
+from h2mv_dist.jobs.messages import FIRST_PAUSE_SECONDS, job_id
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.training import job_id, submit_training
+from h2mv_dist.jobs.training import submit_training
 from tests.conftest import ProxiedS3, S3Server
 from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import NewSettings, settings_file, train

@@ -46,6 +46,14 @@ def test_listing_is_recursive_relative_and_sorted(place: Place) -> None:
     assert stores.list_objects(stores.join(place.url, "a"), place.options) == ("1", "2")
 
 
+def test_a_folder_is_listed_without_what_lies_deeper(place: Place) -> None:
+    assert stores.list_folder(place.url, place.options) == ((), ())
+    for name in ("b", "a/2", "a/deep/1", "c/1"):
+        stores.put_object(stores.join(place.url, name), b"x", place.options)
+    assert stores.list_folder(place.url, place.options) == (("b",), ("a", "c"))
+    assert stores.list_folder(stores.join(place.url, "a"), place.options) == (("2",), ("deep",))
+
+
 def test_deleting_a_tree_leaves_its_neighbours(place: Place) -> None:
     for name in ("cube/a", "cube/deep/b", "cube_too/c"):
         stores.put_object(stores.join(place.url, name), b"x", place.options)

@@ -9,7 +9,7 @@ from typing import Any
 from distributed import Client
 
 from h2mv_dist.jobs.cluster import scheduler_address
-from h2mv_dist.jobs.training import job_id
+from h2mv_dist.jobs.messages import job_id
 from tests.jobs.processes import process, wait_until
 
 
@@ -40,6 +40,19 @@ def test_records_are_listed_shown_and_read_without_a_cluster(job: str) -> None:
     nothing = run("jobs", "show", str(Path(job) / "folds"))
     assert nothing.returncode == 2
     assert "there is no job" in nothing.stderr
+
+
+def test_records_are_read_where_the_scheduler_is_gone(job: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f'[cluster]\nscheduler_file = "{tmp_path}/gone.json"\n')
+    for words in (["show", job], ["list", job], ["logs", job], ["watch", job]):
+        done = run("jobs", *words, "--settings", str(file))
+        assert done.returncode == 0, done.stderr
+        assert "gone.json" in done.stderr, "it is said"
+        assert "so this is what was recorded" in done.stderr
+        assert done.stdout
+    needed = run("jobs", "show", job_id("train", job), "--settings", str(file))
+    assert needed.returncode == 2, "an id says nothing of where the records are"
 
 
 def test_a_scheduler_is_asked_by_id(client: Client, job: str) -> None:

@@ -15,9 +15,8 @@ from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.handle import submit
 from h2mv_dist.jobs.inference import start_inference
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
-from h2mv_dist.jobs.training import job_id
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import process, wait_until

@@ -17,10 +17,10 @@ from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import TOPIC
-from h2mv_dist.jobs.training import cancel_jobs, job_id, submit_training
+from h2mv_dist.jobs.training import cancel_jobs, submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import process, wait_until
