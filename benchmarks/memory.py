@@ -8,6 +8,7 @@ is hard to compress, so that no buffer comes out smaller than it may be.
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,16 +40,19 @@ class Case:
 
     name: str
     cells: int = 20
-    years: int = YEARS[0]
+    years: float = YEARS[0]
     members: int = 2
     hidden: int = 100
     shard_days: int = 360
     all_members: bool = False
+    map_cells: int | None = None
 
     def sizes(self) -> Sizes:
-        """Of its forcing, chunked as ``prepare`` does."""
-        shape = (self.cells, self.cells)
-        return Sizes(shape=shape, n_days=round(365.25 * self.years), chunk=(360, *shape))
+        """Of its forcing: chunked as ``prepare`` does, or one map a chunk, with sea around the tile."""
+        tile, shape = (self.cells,) * 2, (self.map_cells or self.cells,) * 2
+        days = 360 if self.map_cells is None else 1
+        n_days = round(365.25 * self.years)
+        return Sizes(shape=shape, n_days=n_days, chunk=(days, *shape), tile=tile, one_tile=True)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("four members, kept apart", members=4, all_members=True)
         yield Case("large tile, short blocks", cells=40, shard_days=120)
         yield Case("wide network, short blocks", years=2, hidden=400, shard_days=30)
+        yield Case("forcing of one map a chunk", years=0.2, shard_days=30, map_cells=1000)
 
 
 def main(quick: bool = False) -> None:
@@ -110,7 +115,7 @@ def _settings(case: Case, url: str) -> Settings:
     inference: dict[str, Any] = {"tile": box, "shard": box, "chunk": [case.cells // 2] * 2}
     inference |= {"shard_days": case.shard_days, "chunk_days": case.shard_days // 3}
     inference |= {"members": "all" if case.all_members else "spread", "spinup_days": 60}
-    inference |= {"baseline": f"{FIRST}..{FIRST.replace(year=FIRST.year + 1)}"}
+    inference |= {"baseline": f"{FIRST}..{FIRST + timedelta(days=min(case.sizes().n_days, 365))}"}
     model = {"hidden": case.hidden}
     return validate({"data": {"url": url}, "model": model, "inference": inference}, where="benchmark")
 

@@ -4,6 +4,7 @@ A handle gives [time, *space], [*space] or [*space, feature], float32; ``space``
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,12 +13,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import xarray as xr
+import zarr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, as_date
 from h2mv_dist.io.cf import Coordinate, decode, values_of
 from h2mv_dist.io.library import Found
+from h2mv_dist.io.local_chunks import AT_ONCE
 from h2mv_dist.io.spaces import Space, flipped_dims, space_of
 from h2mv_dist.io.stores import content_fingerprint, explained, public
 from h2mv_dist.io.times import DailyTimes, StepAxis, Times, target_steps
@@ -26,6 +29,32 @@ from h2mv_dist.spec import Float32Array
 
 _VALUES_AT_ONCE: Final = 2**21
 """Of a static array, if its chunks hold no more."""
+DECODING_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)
+"""In which zarr unpacks chunks: those of asyncio."""
+
+
+class Touched(NamedTuple):
+    """The chunks that hold a box.
+
+    Attributes:
+        n_chunks: how many they are.
+        cells: of all of them, cut where the array ends.
+    """
+
+    n_chunks: int
+    cells: int
+
+
+class Beyond(NamedTuple):
+    """What chunks take that stick out of a box while it is read.
+
+    Attributes:
+        held: chunks in memory at a time.
+        n_bytes: of each of them, what does not fit into the box.
+    """
+
+    held: int
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +68,10 @@ class Handle:
         paths: what it is made of inside the store: the array and its coordinates, or its group.
         variable: the decoded array, lazy, in the axis order of the store.
         dims: the stored names of our axes, in our order.
+        shape: of the stored array, along our axes.
         chunks: cells of a shard, or of a chunk where there are none, along our axes.
+        inner: cells of a chunk, along our axes: what is read and unpacked whole.
+        at_once: shards, or chunks where there are none, that are read at a time.
         origin: step of the store that is the first one here.
         conversion: from the stored units to ours.
         columns: names along the feature axis of a static array; its own name without such an axis.
@@ -53,7 +85,10 @@ class Handle:
     paths: tuple[str, ...]
     variable: xr.Variable = field(repr=False)
     dims: tuple[str, ...]
+    shape: tuple[int, ...]
     chunks: tuple[int, ...]
+    inner: tuple[int, ...]
+    at_once: int
     origin: int
     conversion: Conversion
     columns: tuple[str, ...]
@@ -84,10 +119,44 @@ class Handle:
                 ) from error
         return self.conversion.apply(values.transpose([stored.index(d) for d in self.dims]))
 
+    def touched(self, *box: slice) -> Touched:
+        """The chunks that are read for a box along our axes."""
+        first, *others = box
+        stored = (slice(first.start + self.origin, first.stop + self.origin), *others)
+        axes = list(zip(stored, self.inner, self.shape, strict=True))
+        return Touched(
+            n_chunks=prod(-(-b.stop // c) - b.start // c for b, c, _ in axes),
+            cells=prod(min(-(-b.stop // c) * c, size) - b.start // c * c for b, c, size in axes),
+        )
+
+    def beyond(self, *box: slice) -> Beyond:
+        """What chunks that are larger than a box take while it is read."""
+        in_shard = prod(s // c for s, c in zip(self.chunks, self.inner, strict=True))
+        common = prod(min(c, b.stop - b.start) for c, b in zip(self.inner, box, strict=True))
+        stored = np.dtype(self.variable.encoding.get("dtype", self.variable.dtype))
+        return Beyond(
+            held=min(self.touched(*box).n_chunks, self.at_once * in_shard),
+            n_bytes=(prod(self.inner) - common) * stored.itemsize,
+        )
+
     def chunk_starts(self, steps: slice) -> BoolArray:
         """Whether a chunk starts at each of the steps along the first axis, [step]."""
         stored = np.arange(self.origin + steps.start, self.origin + steps.stop)
         return np.asarray(stored % self.chunks[0] == 0)
+
+
+def bytes_beyond(arrays: Sequence[Beyond], threads: int) -> int:
+    """Most bytes that chunks of several arrays take beyond their box: all as stored, some of them unpacked.
+
+    Args:
+        arrays: read at the same time.
+        threads: that unpack chunks.
+
+    >>> bytes_beyond([Beyond(held=10, n_bytes=8), Beyond(held=1, n_bytes=4)], threads=6)
+    132
+    """
+    unpacked = min(sum(array.held for array in arrays), threads)
+    return sum(array.held * array.n_bytes for array in arrays) + unpacked * max(a.n_bytes for a in arrays)
 
 
 def contents_of(handles: Sequence[Handle]) -> list[str]:
@@ -244,7 +313,10 @@ def _handle(
         paths=(found.group.path,) if found.published else coordinates,
         variable=lazy,
         dims=dims,
-        chunks=_chunks(found.variable, dims),
+        shape=tuple(found.variable.sizes[d] for d in dims),
+        chunks=_chunks(found.variable, dims, "shards", "chunks"),
+        inner=_chunks(found.variable, dims, "chunks"),
+        at_once=found.variable.encoding.get(AT_ONCE, zarr.config.get("async.concurrency")),
         origin=0,
         conversion=conversion_of(found),
         columns=(found.name,),
@@ -274,9 +346,9 @@ def _without_unit_axes(found: Found, dims: tuple[str, ...]) -> xr.Variable:
     return array[tuple(0 if d in further else slice(None) for d in array.dims)]
 
 
-def _chunks(array: xr.Variable, dims: tuple[str, ...]) -> tuple[int, ...]:
-    """What a store hands out at once, along ``dims``."""
-    sizes = array.encoding.get("shards") or array.encoding.get("chunks") or array.shape
+def _chunks(array: xr.Variable, dims: tuple[str, ...], *kinds: str) -> tuple[int, ...]:
+    """Cells of the first of these kinds that an array is made of, along ``dims``."""
+    sizes = next(filter(None, map(array.encoding.get, kinds)), array.shape)
     along = dict(zip(map(str, array.dims), sizes, strict=True))
     return tuple(int(along[d]) for d in dims)
 

@@ -22,6 +22,8 @@ from zarr.storage import LocalStore
 _PACKING: Final = frozenset({"blosc", "zstd", "gzip"})
 """Codecs of format 3 that numcodecs knows by the same name, and unpacks without being told how."""
 _NUMBERS: Final = "fiu"
+AT_ONCE: Final = "chunks_at_once"
+"""Entry of a variable's encoding: how many of its chunks are in memory at a time while it is read."""
 
 Decode = Callable[[bytes], Any]
 
@@ -38,7 +40,7 @@ def with_fast_reads(variable: xr.Variable, array: zarr.Array[Any] | zarr.Group) 
     if codec is None:
         return variable
     lazy = indexing.LazilyIndexedArray(_LocalArray(array, codec, variable.dtype))
-    return xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
+    return xr.Variable(variable.dims, lazy, variable.attrs, {**variable.encoding, AT_ONCE: 1})
 
 
 class _Codec(NamedTuple):

@@ -18,7 +18,15 @@ import numpy as np
 from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
-from h2mv_dist.io.handles import Handle, contents_of, fixed_values, whole_chunks
+from h2mv_dist.io.handles import (
+    DECODING_THREADS,
+    Handle,
+    Touched,
+    bytes_beyond,
+    contents_of,
+    fixed_values,
+    whole_chunks,
+)
 from h2mv_dist.io.layouts import Arrays, open_arrays
 from h2mv_dist.io.stores import content_fingerprint
 from h2mv_dist.io.times import StepAxis
@@ -72,6 +80,15 @@ class Source:
         starts = [handle.chunk_starts(days) for handle in self.arrays.forcing]
         for block in whole_chunks(starts, n_days):
             yield Period(as_date(period.first + block.start), as_date(period.first + block.stop))
+
+    def touched(self, tile: Tile, period: Period) -> list[Touched]:
+        """The chunks of each forcing variable that are read for a tile and some days."""
+        return [handle.touched(self._days(period), *tile.slices) for handle in self.arrays.forcing]
+
+    def bytes_beyond(self, tile: Tile, period: Period) -> int:
+        """Most bytes of forcing from outside a tile and some days in memory while these are read."""
+        box = (self._days(period), *tile.slices)
+        return bytes_beyond([handle.beyond(*box) for handle in self.arrays.forcing], DECODING_THREADS)
 
     def read_forcing(self, tile: Tile, period: Period) -> Float32Array:
         """Forcing of a tile, [time, *tile.shape, var]; sea may hold anything.

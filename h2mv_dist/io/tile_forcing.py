@@ -34,7 +34,7 @@ class TileForcing:
         self.source, self.tile, self.period, self.block_days = source, tile, period, block_days
         self.parts = tuple(source.time_blocks(period, block_days))
         # two parts are in memory in any case: one is used up while the next one is read
-        self.keeps = self._packed(period.n_days) <= max(KEPT_BYTES, 2 * self._packed(self._longest()))
+        self.keeps = self._packed(period.n_days) <= max(KEPT_BYTES, 2 * self._packed(self._longest.n_days))
         self._kept: dict[Period, Float32Array] = {}
 
     def blocks(self, n_days: int) -> Iterator[Float32Array]:
@@ -54,12 +54,13 @@ class TileForcing:
     @property
     def n_bytes(self) -> int:
         """Projected peak of what is in memory at once."""
-        part = self._packed(self._longest())
+        part = self._packed(self._longest.n_days)
         held = self._packed(self.period.n_days) if self.keeps else 2 * part
         # a box with its sea, as stored and decoded
-        box = 2 * self._bytes(prod(self.tile.shape), self._longest())
+        box = 2 * self._bytes(prod(self.tile.shape), self._longest.n_days)
         joined = 2 * self._packed(min(self.block_days, self.period.n_days))
-        return held + box + joined
+        # what chunks that are larger than that box take on their way
+        return held + box + joined + self.source.bytes_beyond(self.tile, self._longest)
 
     def _part(self, part: Period) -> Float32Array:
         if part in self._kept:
@@ -69,8 +70,9 @@ class TileForcing:
             self._kept[part] = values
         return values
 
-    def _longest(self) -> int:
-        return max(part.n_days for part in self.parts)
+    @property
+    def _longest(self) -> Period:
+        return max(self.parts, key=lambda part: part.n_days)
 
     def _packed(self, n_days: int) -> int:
         return self._bytes(int(self.source.grid.mask[self.tile.slices].sum()), n_days)

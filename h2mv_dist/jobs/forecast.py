@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -12,6 +12,7 @@ from dask.utils import format_bytes, format_time
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io.cube import monthly_arrays
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import FLOAT_BYTES, CubePlan
@@ -35,8 +36,9 @@ class Forecast:
         land: smallest and largest number of land cells of these tiles.
         cell_days: of all members and passes (spin-up, baseline, output).
         chunks: mean number of chunks of the forcing that a tile and pass reads.
-        amplification: how often each byte of the forcing is read, passes that keep it in memory counted once.
-        read: bytes of forcing that are read, before compression.
+        amplification: bytes of forcing that are read, for each one that tiles have on their missing days.
+        excess: the same, but on the days of all passes that read: what chunks that stick out bring along.
+        read: bytes of forcing that are read, in whole chunks, before compression.
         written: bytes of the cube that are written, before compression.
         objects: shards that are written.
         memory: of a worker, bytes.
@@ -48,6 +50,7 @@ class Forecast:
     cell_days: int
     chunks: float
     amplification: float
+    excess: float
     read: int
     written: int
     objects: int
@@ -62,8 +65,8 @@ class Forecast:
         yield f"writes: {format_bytes(self.written)} before compression, in {self.objects} objects"
         yield f"memory: {format_bytes(self.memory)} a worker"
         yield f"time: about {format_time(self.seconds)} on one worker ({self.cell_days:.2g} cell-days)"
-        if self.amplification >= PREPARE_ABOVE:
-            yield "the forcing's chunks do not suit these tiles; h2mv-dist prepare rechunks it once"
+        if self.excess >= PREPARE_ABOVE:
+            yield "the forcing's chunks do not suit these tiles and days; h2mv-dist prepare rechunks it once"
 
 
 def forecast(planned: CubePlan, cube: str, options: StorageOptions) -> Forecast:
@@ -82,18 +85,22 @@ def forecast(planned: CubePlan, cube: str, options: StorageOptions) -> Forecast:
     mask = layout.grid.mask
     land = {tile: int(mask[tile.slices].sum()) for tile in missing}
     sizes = sorted(land.values()) or [0]
-    amplification = read_amplification(planned, missing)
+    reads = {tile: _reads(planned, tile, parts) for tile, parts in missing.items()}
+    touched = [planned.source.touched(tile, days) for tile, passes in reads.items() for days in passes]
+    read = _bytes(sum(each.cells for one in touched for each in one))
+    needed = _needed_bytes(planned, missing)
     return Forecast(
         tiles=(len(missing), len(layout.grid.tiles(layout.tile))),
         land=(sizes[0], sizes[-1]),
-        cell_days=len(layout.members) * sum(land[t] * _days(planned, parts) for t, parts in missing.items()),
-        chunks=_mean([_n_chunks(planned, tile, parts) for tile, parts in missing.items()]),
-        amplification=amplification,
-        read=round(amplification * _needed_bytes(planned, missing)),
+        cell_days=len(layout.members) * _cell_days(planned, missing, land),
+        chunks=_mean([sum(each.n_chunks for each in one) for one in touched]),
+        amplification=read / needed if needed else 1.0,
+        excess=read / _needed_bytes(planned, reads) if needed else 1.0,
+        read=read,
         written=planned.missing_bytes(missing),
         objects=sum(_n_objects(planned, tile, parts) for tile, parts in missing.items()),
         memory=planned.tile_bytes(),
-        seconds=_seconds(planned, missing, land) if missing else 0.0,
+        seconds=_seconds(planned, missing, land, read) if missing else 0.0,
     )
 
 
@@ -119,49 +126,42 @@ def chunks_of(tile: Tile, chunk: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return product(*ranges)
 
 
-def read_amplification(planned: CubePlan, tiles: Mapping[Tile, Sequence[Period]]) -> float:
-    """Chunks that are read, over chunks that are needed; 1 where each is read once."""
-    chunk = planned.source.chunk_shape
-    read = sum(
-        len(list(chunks_of(tile, chunk))) * _passes(planned, tile, parts) for tile, parts in tiles.items()
-    )
-    needed = {index for tile in tiles for index in chunks_of(tile, chunk)}
-    return read / len(needed) if needed else 1.0
-
-
-def _passes(planned: CubePlan, tile: Tile, parts: Sequence[Period]) -> float:
-    """How often a tile reads its days of forcing."""
-    wanted = sum(part.n_days for part in parts)
-    forcing = TileForcing(planned.source, tile, planned.layout.period, planned.layout.shard_days)
-    return 1.0 if forcing.keeps else _days(planned, parts) / wanted
-
-
-def _days(planned: CubePlan, parts: Sequence[Period]) -> int:
-    """Days a tile computes: those that are missing, and before a cube's first ones spin-up and baseline."""
-    start = planned.layout.period.start
-    days = sum(part.n_days for part in parts)
+def _passes(planned: CubePlan, parts: Sequence[Period]) -> list[Period]:
+    """Days a tile computes: those that are missing; before a cube's first ones spin-up and baseline."""
+    start, passes = planned.layout.period.start, list(parts)
     if any(part.start == start for part in parts):
-        days += planned.spinup.n_days if planned.spinup else 0
+        passes += [planned.spinup] if planned.spinup else []
         if any(name in planned.layout.daily for name in planned.spec.anomalies):
-            days += (planned.baseline.stop - start).days
-    return days
+            passes.append(Period(start, planned.baseline.stop))
+    return passes
 
 
-def _needed_bytes(planned: CubePlan, tiles: Mapping[Tile, Sequence[Period]]) -> int:
-    """Forcing in the chunks that hold the tiles, over the missing days."""
-    chunk = planned.source.chunk_shape
-    days: dict[tuple[int, ...], int] = {}
-    for tile, parts in tiles.items():
-        for index in chunks_of(tile, chunk):
-            days[index] = max(days.get(index, 0), sum(part.n_days for part in parts))
-    return sum(days.values()) * math.prod(chunk) * len(planned.source.forcing) * FLOAT_BYTES
+def _reads(planned: CubePlan, tile: Tile, parts: Sequence[Period]) -> list[Period]:
+    """Days a tile reads: as it computes them, but once where they stay in memory."""
+    passes = _passes(planned, parts)
+    if not TileForcing(planned.source, tile, planned.layout.period, planned.layout.shard_days).keeps:
+        return passes
+    longest = {days.start: days for days in sorted(passes, key=lambda days: days.n_days)}
+    return list(longest.values())
 
 
-def _n_chunks(planned: CubePlan, tile: Tile, parts: Sequence[Period]) -> int:
-    """Chunks of all forcing variables over the missing days."""
-    n_days = sum(part.n_days for part in parts)
-    spatial = len(list(chunks_of(tile, planned.source.chunk_shape)))
-    return sum(spatial * -(-n_days // handle.chunks[0]) for handle in planned.source.arrays.forcing)
+def _cell_days(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], land: Mapping[Tile, int]) -> int:
+    """Of one member, all passes."""
+    return sum(land[tile] * _n_days(_passes(planned, parts)) for tile, parts in missing.items())
+
+
+def _needed_bytes(planned: CubePlan, days: Mapping[Tile, Sequence[Period]]) -> int:
+    """Forcing of these tiles, over these days of theirs."""
+    cell_days = sum(math.prod(tile.shape) * _n_days(periods) for tile, periods in days.items())
+    return _bytes(cell_days * len(planned.source.forcing))
+
+
+def _bytes(values: int) -> int:
+    return values * FLOAT_BYTES
+
+
+def _n_days(periods: Iterable[Period]) -> int:
+    return sum(period.n_days for period in periods)
 
 
 def _n_objects(planned: CubePlan, tile: Tile, parts: Sequence[Period]) -> int:
@@ -174,20 +174,24 @@ def _n_objects(planned: CubePlan, tile: Tile, parts: Sequence[Period]) -> int:
         )
     )
     blocks = sum(-(-part.n_days // layout.shard_days) for part in parts)
+    months = sum(part.start < month.stop <= part.stop for part in parts for month in layout.period.months())
     daily = sum(len(layout.arrays_of(name)) for name in layout.daily)
     static = sum(len(layout.arrays_of(name)) for name in layout.static)
     first = any(part.start == layout.period.start for part in parts)
-    return shards * (daily * blocks + static * first)
+    return shards * (daily * blocks + len(list(monthly_arrays(layout))) * months + static * first)
 
 
-def _seconds(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], land: Mapping[Tile, int]) -> float:
+def _seconds(
+    planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], land: Mapping[Tile, int], read: int
+) -> float:
     """From a tile of middle size: one part of its forcing is read, and some of its days are computed."""
     tile = sorted(missing, key=lambda tile: land[tile])[len(missing) // 2]
     source, layout = planned.source, planned.layout
     part = next(iter(source.time_blocks(layout.period, layout.shard_days)))
     started = time.perf_counter()
     forcing = source.read_land_forcing(tile, part)[:, :SAMPLE_DAYS]
-    reading = (time.perf_counter() - started) / (land[tile] * part.n_days)
+    sample = _bytes(sum(each.cells for each in source.touched(tile, part)))
+    reading = (time.perf_counter() - started) / sample
     static = torch.from_numpy(source.read_static(tile)[layout.grid.mask[tile.slices]])
     built = [checkpoint.build_model() for checkpoint in planned.checkpoints]
     members = Ensemble(built, torch.device("cpu"), compiled=compiles_here(planned.code_path))
@@ -198,12 +202,7 @@ def _seconds(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]], land: 
     started = time.perf_counter()
     members.run(batch, state, lambda _member, _result: None, kept)
     computing = (time.perf_counter() - started) / forcing[..., 0].size
-    computed = sum(land[tile] * _days(planned, parts) for tile, parts in missing.items())
-    read = sum(
-        land[tile] * _passes(planned, tile, parts) * sum(part.n_days for part in parts)
-        for tile, parts in missing.items()
-    )
-    return max(computing * computed, reading * read)
+    return max(computing * _cell_days(planned, missing, land), reading * read)
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -214,7 +214,10 @@ def require_cube_disk(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]
 def _what_fits(planned: CubePlan, limit: int) -> str:
     fitting = fitting_layout(planned, limit)
     if fitting is None:
-        return "start larger workers; neither fewer days nor smaller tiles of whole chunks would fit"
+        return (
+            "start larger workers; neither fewer days nor smaller tiles of whole chunks would fit "
+            "(chunks of the forcing that are larger than a tile take room, too: h2mv-dist prepare cuts them)"
+        )
     changed = [name for name in _CUTS if getattr(fitting, name) != getattr(planned.layout, name)]
     values = " and ".join(f"inference.{name} = {as_toml(getattr(fitting, name))}" for name in changed)
     if planned.progress is not None:

@@ -34,6 +34,7 @@ class Stored:
     dims: tuple[str, ...]
     attrs: dict[str, Any] = field(default_factory=dict)
     chunks: tuple[int, ...] | None = None
+    shards: tuple[int, ...] | None = None
     fill: Any = None
 
 
@@ -124,6 +125,7 @@ def write(
             shape=stored.values.shape,
             dtype=stored.values.dtype,
             chunks=stored.chunks or stored.values.shape,
+            shards=stored.shards,
             attributes={**stored.attrs, **in_attributes},
             fill_value=fill,
             dimension_names=None if zarr_format == 2 else stored.dims,

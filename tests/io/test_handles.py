@@ -1,10 +1,16 @@
 """Handles: any order of axes becomes ours; features have names."""
 
+from dataclasses import replace
+from datetime import date
+
 import numpy as np
 import pytest
+import zarr
 
 from h2mv_dist.config import DataSettings
 from h2mv_dist.errors import DataError
+from h2mv_dist.grid import Period
+from h2mv_dist.io.handles import Beyond, Touched
 from h2mv_dist.io.source import open_source
 from tests.conftest import Place
 from tests.io.builders import FORCING, Stored, cf, open_cf, published, read, read_of, whole, write
@@ -46,3 +52,27 @@ def test_static_names_are_checked_against_their_axis(folder: Place) -> None:
     write(folder, arrays, attributes=attributes)
     with pytest.raises(DataError, match="has 3 features, but the names"):
         open_source(DataSettings(url=folder.url), forcing=FORCING, targets=(), options=folder.options)
+
+
+def test_what_reading_a_box_takes_is_counted_in_whole_chunks(counting: Place) -> None:
+    arrays = cf()
+    for name, shards in (("net_radiation", None), ("precipitation", (60, 4, 8))):
+        arrays[name].chunks, arrays[name].shards = (30, 2, 4), shards
+    source = open_cf(counting, arrays, period=Period(date(2004, 2, 10), date(2004, 4, 3)))
+    plain, sharded, _ = source.arrays.forcing
+    # days 25 to 35 of the store; rows 1 and 2; columns 3 and 4, whose second chunk the grid's edge cuts
+    box = (slice(0, 10 - 1), slice(1, 3), slice(3, 5))
+    assert plain.origin == sharded.origin == 26
+    assert plain.touched(*box) == sharded.touched(*box) == Touched(8, 60 * 4 * 6)
+    assert plain.touched(slice(40, 41), *box[1:]).cells == 20 * 4 * 6, "the store ends there"
+    beyond = (30 * 2 * 4 - 9 * 2 * 2) * arrays["precipitation"].values.itemsize
+    assert plain.beyond(*box) == sharded.beyond(*box) == Beyond(8, beyond)
+    assert replace(plain, at_once=1).beyond(*box).held == 1
+    assert replace(sharded, at_once=1).beyond(*box).held == 8, "chunks of a shard"
+    assert plain.beyond(slice(0, 50), slice(0, 4), slice(0, 6)).n_bytes == 0
+
+
+def test_local_chunks_come_one_by_one(folder: Place, counting: Place) -> None:
+    ours, zarrs = (open_cf(place, cf()).arrays.forcing[0].at_once for place in (folder, counting))
+    assert zarrs == zarr.config.get("async.concurrency")
+    assert ours == (1 if "://" not in folder.url else zarrs)

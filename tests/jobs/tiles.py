@@ -36,12 +36,15 @@ class Sizes:
     members: int = 2
     member_axis: bool = False
     hidden: int = 4
+    one_tile: bool = False
 
 
 def write_data(place: Place, sizes: Sizes) -> None:
-    """Weather of a few cells in the published layout; a fifth of them are sea."""
+    """Weather of a few cells in the published layout; a fifth of them are sea, or all beyond one tile."""
     rng = np.random.default_rng(5)
     land = rng.random(sizes.shape) > 0.2
+    if sizes.one_tile:
+        land[sizes.tile[0] :], land[:, sizes.tile[1] :] = False, False
     lat, lon = (np.arange(n) + 0.5 for n in sizes.shape)
     coordinates = {"lat": Stored(lat, ("lat",)), "lon": Stored(lon, ("lon",))}
     days = Stored(
