@@ -110,6 +110,17 @@ def _require_different(folds: tuple[int, ...]) -> tuple[int, ...]:
     return folds
 
 
+def _check_rounding(value: object) -> object:
+    if value in ("none", "fluxes", "all"):
+        return value
+    if not isinstance(value, Mapping) or not all(type(b) is int and 1 <= b <= 23 for b in value.values()):
+        raise ConfigError(
+            'expected "none", "fluxes", "all", or a table of bits from 1 to 23 a variable or group, such as '
+            f"{{fluxes = 12, soil_moisture = 16}}; given {_shown(value)}; correct it"
+        )
+    return value
+
+
 def _setting(check: Callable[[Any], object]) -> Callable[[Any], object]:
     """``check`` for pydantic, which only says the setting's name with a ValueError."""
 
@@ -130,6 +141,10 @@ PeriodSetting = Annotated[
 FoldNumbers = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_setting(_require_different))]
 Sizes = tuple[PositiveInt, ...]
 """Cells along each spatial axis."""
+Rounding = Annotated[
+    Literal["none", "fluxes", "all"] | dict[str, int], BeforeValidator(_setting(_check_rounding))
+]
+"""A word for all daily outputs, or the bits each variable or group keeps."""
 Stamp = Literal["start", "middle", "end"]
 """Which moment of its interval a time stamp names."""
 
@@ -357,14 +372,16 @@ class InferenceSettings(_Settings):
     period: PeriodSetting | None = None
     """Days to simulate, written as ``data.period``; all days of the forcing if left out."""
     outputs: tuple[str, ...] | None = None
-    """Variables to write; all if left out."""
+    """Variables to write, by name or group (fluxes, stores, fractions, learned); all if left out."""
     members: Literal["spread", "all", "both"] = "spread"
     """``spread``: mean and standard deviation over folds; ``all``: a member axis; ``both``."""
     monthly: bool = False
     """Also keep means over calendar months, of whole months only."""
-    rounding: Literal["none", "fluxes", "all"] = "none"
-    """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better;
-    ``fluxes``: all but stores."""
+    rounding: Rounding = "none"
+    """Daily outputs that keep 12 bits of their mantissa (relative errors up to 0.012 %) and compress better:
+    ``none``; ``fluxes``: all but stores; ``all``. Or the bits that outputs keep, by name or group as for
+    ``outputs``, ``{fluxes = 12, runoff = 16}``: N bits mean relative errors up to 2**-(N + 1), and 23 leave
+    values as they are; a name comes before its group, and what is not named is not rounded."""
     compression: Literal["zstd", "blosc"] = "zstd"
     """``zstd``: level 1, which makes these numbers as small as higher levels do; ``blosc``: LZ4 of shuffled
     bytes, several times as fast to write, about a fifth larger."""

@@ -5,7 +5,7 @@ can be converted to ours (``lwe_*``: liquid water equivalent); bounds are physic
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -148,6 +148,19 @@ VARIABLES: Final[Mapping[str, Variable]] = MappingProxyType(
     {v.name: v for v in (*_FORCING, *_FLUXES, *_STORES, *_FRACTIONS, *_LEARNED)}
 )
 
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        group: tuple(v.name for v in variables)
+        for group, variables in {
+            "fluxes": _FLUXES,
+            "stores": _STORES,
+            "fractions": _FRACTIONS,
+            "learned": _LEARNED,
+        }.items()
+    }
+)
+"""What a model may give, by the kind of quantity; a group's name stands for all of its variables."""
+
 
 def variable(name: str) -> Variable:
     """The variable called ``name``.
@@ -161,6 +174,28 @@ def variable(name: str) -> Variable:
     if name not in VARIABLES:
         raise ConfigError(f"unknown variable {name!r}; {nearest(name, VARIABLES)}")
     return VARIABLES[name]
+
+
+def by_name_or_group(wanted: Collection[str], valid: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Variables that are wanted by name or by group, each once.
+
+    Args:
+        wanted: names of variables and of groups.
+        valid: the variables there are; groups stand for those of theirs that are among them.
+        where: what asks for them, for messages.
+
+    Raises:
+        ConfigError: a name is neither; the message names the nearest one.
+
+    >>> by_name_or_group(["fapar", "stores"], ("soil_moisture", "runoff", "fapar"), "outputs")
+    ('fapar', 'soil_moisture')
+    """
+    found = {group: tuple(name for name in names if name in valid) for group, names in GROUPS.items()}
+    known = {name: (name,) for name in valid} | {group: names for group, names in found.items() if names}
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"{where}: there is no {name!r}; {nearest(name, known)}")
+    return tuple(dict.fromkeys(name for each in wanted for name in known[each]))
 
 
 def nearest(name: str, valid: Mapping[str, object] | tuple[str, ...]) -> str:

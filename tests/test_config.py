@@ -47,6 +47,12 @@ def refusal(*overrides: str, file: Path | None = None) -> str:
         ("data.static=clay", "data.static", '["a", "b"]', '"clay"'),
         ("data.period=2001-01-01", "data.period", "2001-01-01..2002-01-01", '"2001-01-01"'),
         ("inference.baseline=5", "inference.baseline", "2001-01-01..2002-01-01", "5"),
+        ("inference.rounding=12", "inference.rounding", "a table of bits from 1 to 23", "12"),
+        ("inference.rounding=some", "inference.rounding", '"none", "fluxes", "all"', '"some"'),
+        ("inference.rounding={runoff = 0}", "inference.rounding", "a table of bits", "a table"),
+        ("inference.rounding={runoff = 24}", "inference.rounding", "a table of bits", "a table"),
+        ("inference.rounding={runoff = true}", "inference.rounding", "a table of bits", "a table"),
+        ("inference.rounding={runoff = 9.5}", "inference.rounding", "a table of bits", "a table"),
         ("cluster.memory_limit=much", "cluster.memory_limit", "text that matches", '"much"'),
         ("training=5", "training", "a table of settings", "5"),
         ("data=5", "data", "a table of settings", "5"),
@@ -219,6 +225,16 @@ def test_every_setting_is_described_and_printed() -> None:
     assert [name for name, field in described if not field.description] == []
     printed = [name for name, _ in described if not name.startswith("folds.explicit.")]
     assert all(re.search(rf"^#?{name.split('.')[-1]} =", text, re.MULTILINE) for name in printed)
+
+
+def test_rounding_is_a_word_or_bits_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nurl = "x"\n[inference.rounding]\nfluxes = 12\nrunoff = 23\n')
+    assert load(file)[0].inference.rounding == {"fluxes": 12, "runoff": 23}
+    assert load(file, ["inference.rounding=all"])[0].inference.rounding == "all"
+    settings, _ = load(file, ["inference.rounding.fluxes=10"])
+    assert settings.inference.rounding == {"fluxes": 10, "runoff": 23}
+    assert Settings.model_validate(settings.model_dump(mode="json")) == settings
 
 
 def test_a_preset_sets_only_chunks_that_are_not_set() -> None:

@@ -8,7 +8,7 @@ NAME_spread their standard deviation. Float32, NaN over sea and where nothing wa
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from math import prod
 from types import MappingProxyType
@@ -65,7 +65,10 @@ Form = Literal["members", "mean", "spread"]
 Compression = Literal["zstd", "blosc"]
 
 KEPT_BITS: Final = 12
-"""Bits of the mantissa of rounded values: relative errors are at most 2**-13."""
+"""Bits of the mantissa of rounded values, if nothing else is said: relative errors are at most 2**-13."""
+
+MANTISSA_BITS: Final = 23
+"""Of a value that is not rounded."""
 
 MONTHLY: Final = "_monthly"
 """Suffix of the arrays that hold means over calendar months."""
@@ -76,7 +79,7 @@ MEAN: Final = "_mean"
 SPREAD: Final = "_spread"
 """Suffix of the arrays that hold the standard deviation over folds."""
 
-_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "rounded", "monthly")
+_LISTS: Final = ("daily", "static", "constants", "members", "chunk", "shard", "tile", "monthly")
 """What a layout has several of."""
 
 ONE_OWNER: Final = "two writers in one shard lose data without any error"
@@ -96,9 +99,6 @@ _SPREAD_COMMENT: Final = (
     "Population standard deviation over models trained on different folds. It shows how much they disagree; "
     "errors they share do not show."
 )
-_ROUNDED_COMMENT: Final = (
-    f"Rounded to {KEPT_BITS} bits of the mantissa: relative errors up to 2**-{KEPT_BITS + 1}."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class CubeLayout:
         members_as: ``all``: keep every member; ``spread``: their mean and, for more than one, their spread;
             ``both``.
         monthly: daily variables whose means over calendar months are kept, too; only of whole months.
-        rounded: variables whose values keep :data:`KEPT_BITS` bits of their mantissa, and so compress well.
+        rounded: variable -> bits of their mantissa that its values keep, so that they compress well.
         chunk: cells of a chunk along each spatial axis.
         shard: cells of a shard along each spatial axis; a multiple of the chunk.
         tile: cells of a tile along each spatial axis; a multiple of the shard.
@@ -141,7 +141,7 @@ class CubeLayout:
     shard_days: int
     tile: tuple[int, ...]
     attributes: Mapping[str, str]
-    rounded: tuple[str, ...] = ()
+    rounded: Mapping[str, int] = field(default_factory=dict)
     monthly: tuple[str, ...] = ()
     compression: Compression = "zstd"
 
@@ -312,6 +312,7 @@ def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
         compression=geometry["compression"],
         chunk_days=geometry["chunk_days"],
         shard_days=geometry["shard_days"],
+        rounded=_rounding_of(geometry["rounded"]),
         attributes={name: text for name, text in attributes.items() if name not in unseen},
         **{name: tuple(geometry[name]) for name in _LISTS},
     )
@@ -331,8 +332,19 @@ def _geometry(layout: CubeLayout) -> dict[str, object]:
         "compression": layout.compression,
         "chunk_days": layout.chunk_days,
         "shard_days": layout.shard_days,
+        "rounded": _recorded_rounding(layout.rounded),
         **{f"{name}_sha256": _hashed(values) for name, values in cells.items()},
     }
+
+
+def _recorded_rounding(rounded: Mapping[str, int]) -> list[str] | dict[str, int]:
+    """Only names where all keep :data:`KEPT_BITS`, as cubes were recorded when there was no other choice."""
+    return list(rounded) if set(rounded.values()) <= {KEPT_BITS} else dict(rounded)
+
+
+def _rounding_of(recorded: list[str] | Mapping[str, int]) -> dict[str, int]:
+    """Inverse of :func:`_recorded_rounding`."""
+    return dict(recorded) if isinstance(recorded, Mapping) else dict.fromkeys(recorded, KEPT_BITS)
 
 
 def _hashed(values: FloatArray) -> str:
@@ -439,8 +451,8 @@ def _output_attributes(
         attributes["long_name"] = f"spread of {long_name} over folds (standard deviation; not an uncertainty)"
         methods.append("realization: standard_deviation")
         comments.append(_SPREAD_COMMENT)
-    if quantity.name in layout.rounded:
-        comments.append(_ROUNDED_COMMENT)
+    if (bits := layout.rounded.get(quantity.name)) is not None:
+        comments.append(f"Rounded to {bits} bits of the mantissa: relative errors up to 2**-{bits + 1}.")
     if any(methods):
         attributes["cell_methods"] = " ".join(filter(None, methods))
     if comments:

@@ -18,7 +18,7 @@ from zarr.abc.store import Store
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
-from h2mv_dist.io.cube import KEPT_BITS, MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
+from h2mv_dist.io.cube import MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import ZarrArray, displayed, explained, open_store, with_shape, without_read_back
 from h2mv_dist.spec import Budget, Float32Array
@@ -253,7 +253,7 @@ def _boxes(layout: CubeLayout, region: _Region, values: Mapping[str, Float32Arra
     for name in region.names:
         for form in layout.forms_of(name).values():
             formed = _formed(values[name], form)
-            kept = rounded(formed, KEPT_BITS) if name in layout.rounded else formed
+            kept = rounded(formed, layout.rounded[name]) if name in layout.rounded else formed
             yield kept if region.land is None else _expanded(kept, region.land)
 
 

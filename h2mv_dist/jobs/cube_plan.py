@@ -14,7 +14,16 @@ from dask.utils import format_bytes
 from h2mv_dist.config import CodePath, Settings, StorageOptions, canonical_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, NothingNewError, StoreError, describe
 from h2mv_dist.grid import Period, Tile, as_date
-from h2mv_dist.io.cube import COMPACTED, FINGERPRINT, INPUT_VALUES, CubeLayout, Progress, part_bytes
+from h2mv_dist.io.cube import (
+    COMPACTED,
+    FINGERPRINT,
+    INPUT_VALUES,
+    KEPT_BITS,
+    MANTISSA_BITS,
+    CubeLayout,
+    Progress,
+    part_bytes,
+)
 from h2mv_dist.io.cube_store import differences, find_cube, still_as_planned
 from h2mv_dist.io.handles import places_of
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
@@ -28,7 +37,7 @@ from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
 from h2mv_dist.model.days import no_compiler_because
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import ModelSpec
-from h2mv_dist.variables import nearest, variable
+from h2mv_dist.variables import by_name_or_group, variable
 
 FLOAT_BYTES: Final = 4
 FIRST_USE_BYTES: Final = 90 * 2**20
@@ -434,6 +443,7 @@ def _layout(
 ) -> CubeLayout:
     chosen = settings.inference
     names = _chosen_outputs(chosen.outputs, spec)
+    rounded = _rounded(chosen.rounding, names, spec)
     provenance = {
         "model": canonical_json(settings.model.model_dump(mode="json")),
         "checkpoints": canonical_json({str(fold): value for fold, value in checksums.items()}),
@@ -454,7 +464,7 @@ def _layout(
         members=tuple(checksums),
         members_as=chosen.members,
         compression=chosen.compression,
-        rounded=_rounded(chosen.rounding, names, spec),
+        rounded=rounded,
         monthly=tuple(n for n in names if n in spec.daily or n in spec.anomalies) if chosen.monthly else (),
         chunk=chosen.chunk,
         shard=chosen.shard,
@@ -467,30 +477,41 @@ def _layout(
             INPUT_VALUES: source.identity,
             "training_job": public(training_folder),
             "versions": canonical_json(code_versions()),
-            "settings": canonical_json(_recorded(settings)),
+            "settings": canonical_json(_recorded(settings, names, rounded)),
             FINGERPRINT: checksum(canonical_json(provenance).encode()),
         },
     )
 
 
-def _rounded(rounding: str, names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
-    """Daily outputs that are rounded; the water budget of stored values closes only where none is."""
+def _rounded(rounding: str | Mapping[str, int], names: Sequence[str], spec: ModelSpec) -> dict[str, int]:
+    """Bits that rounded outputs keep; the water budget of stored values closes only where none is rounded."""
+    if isinstance(rounding, Mapping):
+        return _bits(rounding, names, spec)
     daily = [name for name in names if name in spec.daily or name in spec.anomalies]
     stores = [name for name in daily if variable(name).units == "mm"]
-    return tuple(n for n in daily if rounding == "all" or (rounding == "fluxes" and n not in stores))
+    chosen = [n for n in daily if rounding == "all" or (rounding == "fluxes" and n not in stores)]
+    return dict.fromkeys(chosen, KEPT_BITS)
 
 
-def _recorded(settings: Settings) -> dict[str, Any]:
-    """The settings that matter for a cube's values."""
-    unimportant = {"overwrite", "attempts", "keep_states"}
+def _bits(rounding: Mapping[str, int], names: Sequence[str], spec: ModelSpec) -> dict[str, int]:
+    """Of the outputs that are written; those named themselves come after, so before, their groups."""
+    bits: dict[str, int] = {}
+    for key in sorted(rounding, key=lambda key: key in spec.outputs):
+        bits |= dict.fromkeys(by_name_or_group([key], spec.outputs, "inference.rounding"), rounding[key])
+    return {name: bits[name] for name in names if bits.get(name, MANTISSA_BITS) < MANTISSA_BITS}
+
+
+def _recorded(settings: Settings, names: tuple[str, ...], rounded: Mapping[str, int]) -> dict[str, Any]:
+    """The settings that matter for a cube's values; groups as their variables, which may grow some day."""
     whole = settings.model_dump(mode="json", include={"data": True, "model": True, "inference": True})
-    return {**whole, "inference": {k: v for k, v in whole["inference"].items() if k not in unimportant}}
+    unimportant = {"overwrite", "attempts", "keep_states"}
+    inference = {key: value for key, value in whole["inference"].items() if key not in unimportant}
+    if inference["outputs"] is not None:
+        inference["outputs"] = list(names)
+    if isinstance(inference["rounding"], Mapping):
+        inference["rounding"] = dict(rounded)
+    return {**whole, "inference": inference}
 
 
 def _chosen_outputs(wanted: tuple[str, ...] | None, spec: ModelSpec) -> tuple[str, ...]:
-    for name in wanted or ():
-        if name not in spec.outputs:
-            raise ConfigError(
-                f"inference.outputs: {spec.name} has no {name!r}; {nearest(name, spec.outputs)}"
-            )
-    return spec.outputs if wanted is None else wanted
+    return spec.outputs if wanted is None else by_name_or_group(wanted, spec.outputs, "inference.outputs")

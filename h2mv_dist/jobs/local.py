@@ -19,7 +19,7 @@ from h2mv_dist.model.checkpoint import Checkpoint
 from h2mv_dist.model.ensemble import Ensemble
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import Float32Array, ModelSpec
-from h2mv_dist.variables import nearest, variable
+from h2mv_dist.variables import by_name_or_group, variable
 
 BLOCK_DAYS = 360
 
@@ -47,7 +47,7 @@ def run(
         period: days, as ``2001-01-01..2003-01-01`` without its end; all days of the forcing if left out.
         baseline: days whose mean anomalies refer to; the whole period if left out.
         spinup_days: days run first to fill the stores; the whole period if left out.
-        outputs: names of variables; all of the model's if left out.
+        outputs: names of variables, or of groups of them; all of the model's if left out.
         storage_options: of the stores, by protocol, as in a settings file.
 
     Returns:
@@ -121,10 +121,7 @@ def _source(
 
 
 def _outputs(names: Sequence[str] | None, spec: ModelSpec) -> tuple[str, ...]:
-    for name in names or ():
-        if name not in spec.outputs:
-            raise ConfigError(f"outputs: {spec.name} has no {name!r}; {nearest(name, spec.outputs)}")
-    return spec.outputs if names is None else tuple(names)
+    return spec.outputs if names is None else by_name_or_group(names, spec.outputs, "outputs")
 
 
 def _days(available: Period, period: str | None, baseline: str | None, spinup_days: int | None) -> Days:

@@ -91,8 +91,8 @@ def basin_layout(**changes: Any) -> CubeLayout:
 
 LAYOUTS = {
     "spread": map_layout(),
-    "both": map_layout(members_as="both", rounded=("runoff",), compression="blosc"),
-    "members": map_layout(members_as="all"),
+    "both": map_layout(members_as="both", rounded={"runoff": 12}, compression="blosc"),
+    "members": map_layout(members_as="all", rounded={"runoff": 7, STATIC[0]: 12}),
     "one member": map_layout(members=(5,)),
     "one shard": map_layout(chunk=(10, 10), shard=(20, 20), tile=(20, 20), chunk_days=30, shard_days=30),
     "basins": basin_layout(),

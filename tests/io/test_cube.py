@@ -11,6 +11,7 @@ import pytest
 from h2mv_dist.errors import ConfigError
 from h2mv_dist.io.cube import (
     FINGERPRINT,
+    LAYOUT,
     CubeLayout,
     Progress,
     layout_of,
@@ -101,6 +102,15 @@ def test_projected_sizes_are_the_real_ones(on_disk: CubePlace, layout: CubeLayou
 def test_a_layout_comes_back_from_the_root(layout: CubeLayout) -> None:
     attributes = root_attributes(layout) | Progress(layout.period).attributes()
     assert layout_of(attributes, layout.grid) == layout
+
+
+def test_the_usual_rounding_is_recorded_as_it_always_was() -> None:
+    def recorded(**rounded: int) -> object:
+        return json.loads(root_attributes(map_layout(rounded=rounded))[LAYOUT])["rounded"]
+
+    assert recorded() == []
+    assert recorded(runoff=12) == ["runoff"]
+    assert recorded(runoff=12, snow_water_equivalent=14) == {"runoff": 12, "snow_water_equivalent": 14}
 
 
 @pytest.mark.parametrize(

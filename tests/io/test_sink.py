@@ -37,7 +37,7 @@ def test_a_reader_finds_what_the_members_said(case: Case) -> None:
     fill(place, layout)
     with place.open() as cube:
         for name, members in truth(layout).items():
-            error = 2**-13 if name in layout.rounded else 0.0
+            error = 2.0 ** -(layout.rounded[name] + 1) if name in layout.rounded else 0.0
             exact = members.astype(np.float64)
             centre = exact.sum(axis=0) / len(layout.members)
             spread = np.sqrt(((exact - centre) ** 2).sum(axis=0) / len(layout.members))
@@ -64,6 +64,17 @@ def test_rounding_keeps_bits_and_is_near(value: float, bits: int) -> None:
 def test_rounding_leaves_what_is_not_finite() -> None:
     values = np.array([np.nan, np.inf, -np.inf], np.float32)
     np.testing.assert_array_equal(rounded(values, 12), values)
+
+
+def test_each_variable_keeps_its_bits(on_disk: CubePlace) -> None:
+    layout = LAYOUTS["members"]
+    fill(on_disk, layout)
+    with on_disk.open() as cube:
+        for name, bits in layout.rounded.items():
+            assert f"Rounded to {bits} bits" in cube[name].attrs["comment"]
+            stored = cube[name].values.view(np.uint32)[np.isfinite(cube[name])]
+            assert not (stored & ((1 << (23 - bits)) - 1)).any()
+            assert (stored & (1 << (23 - bits))).any()
 
 
 def test_rounded_arrays_say_so(on_disk: CubePlace) -> None:

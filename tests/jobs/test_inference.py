@@ -1,6 +1,7 @@
 """Global inference on real worker processes: tiles, restart, refusals."""
 
 import hashlib
+import json
 import math
 import shutil
 import signal
@@ -17,16 +18,18 @@ import xarray as xr
 from distributed import Client
 
 from h2mv_dist import cli
-from h2mv_dist.config import Settings, load, to_json
+from h2mv_dist.config import Settings, load, to_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
+from h2mv_dist.io.cube import root_attributes
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
-from h2mv_dist.jobs.cube_plan import plan_from_message, plan_inference
+from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message, plan_inference
 from h2mv_dist.jobs.inference import start_inference, submit_inference, warn_of_split_chunks
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.h2mv import SPEC
 from h2mv_dist.model.rollout import spin_up
+from h2mv_dist.variables import GROUPS
 from tests.faults.conftest import settings_file
 from tests.faults.processes import is_alive
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -184,7 +187,9 @@ def test_a_worker_refuses_to_make_another_cube_than_the_planned_one(
     [
         ({"tile": [4, 12]}, ConfigError, r"tile(.|\n)*shard"),
         ({"folds": [7]}, CheckpointError, r"fold(.|\n)*7(.|\n)*\[0, 1\]"),
-        ({"outputs": ["runof"]}, ConfigError, "did you mean 'runoff'"),
+        ({"outputs": ["runof"]}, ConfigError, "inference.outputs(.|\n)*did you mean 'runoff'"),
+        ({"outputs": ["stors"]}, ConfigError, "inference.outputs(.|\n)*did you mean 'stores'"),
+        ({"rounding": {"runof": 9}}, ConfigError, "inference.rounding(.|\n)*did you mean 'runoff'"),
         ({"period": "2000-01-01..2001-06-01"}, ConfigError, "inference.period"),
         ({"spinup_days": 400}, ConfigError, r"inference.spinup_days(.|\n)*longer forcing"),
     ],
@@ -203,6 +208,27 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         submit_inference(client, settings, job, str(tmp_path / "cube.zarr"), NO_OPTIONS)
     assert not any(tmp_path.iterdir())
+
+
+def test_outputs_and_their_precision_go_by_name_or_group(
+    world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    def planned(**inference: Any) -> CubePlan:
+        return plan_inference(small_settings(world_url, cache, inference=inference), job, NO_OPTIONS)
+
+    chosen = {"outputs": ["soil_moisture", "fluxes"], "rounding": {"runoff": 16, "fluxes": 10, "stores": 23}}
+    layout = planned(**chosen).layout
+    fluxes = [name for name in GROUPS["fluxes"] if name in SPEC.daily]
+    assert layout.daily == ("soil_moisture", *fluxes)
+    assert layout.rounded == {name: 16 if name == "runoff" else 10 for name in fluxes}
+    recorded = json.loads(layout.attributes["settings"])
+    assert recorded["inference"]["outputs"] == list(layout.daily), "groups may grow, a cube's outputs do not"
+    again = validate(recorded, where="the record")
+    assert root_attributes(plan_inference(again, job, NO_OPTIONS).layout) == root_attributes(layout)
+    word = planned(outputs=["fluxes", "fapar", "soil_moisture"], rounding="fluxes").layout
+    assert word.rounded == dict.fromkeys((*fluxes, "fapar"), 12), "a word means what it always meant"
+    both = planned(outputs=["stores", "soil_moisture"]).layout
+    assert (both.daily.count("soil_moisture"), both.static) == (1, ("soil_moisture_capacity",))
 
 
 def test_a_foreign_checkpoint_is_refused(world_url: str, cache: Path, job: str, tmp_path: Path) -> None:
