@@ -23,7 +23,7 @@ from distributed.scheduler import WorkerState, heartbeat_interval
 from tornado.ioloop import PeriodicCallback
 
 from h2mv_dist.jobs import page, prometheus, tasks
-from h2mv_dist.jobs.lease import Health, Seat, choose_seats
+from h2mv_dist.jobs.lease import Health, Seat, choose_seats, choose_unit
 from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
 from h2mv_dist.jobs.preemption import NannyPreemption, Preemption
 
@@ -67,6 +67,16 @@ class _Gang:
             self.ended.set_result(failure)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Turn:
+    """A unit in the queue; a unit that failed waits behind those that were queued before."""
+
+    rank: int
+    number: int
+    job: Job = field(compare=False)
+    unit: Unit = field(compare=False)
+
+
 class _AttemptError(Exception):
     """Carries the failure of an attempt, and the slot that is to blame."""
 
@@ -88,6 +98,7 @@ class Coordinator(SchedulerPlugin):
         self.queue: list[_Turn] = []
         self.submitted = itertools.count()
         self.leases: dict[str, _Gang] = {}
+        self.neighbourhoods: dict[str, str] = {}
         self.health = Health()
         self.running: set[asyncio.Task[None]] = set()
         self.ending: set[str] = set()
@@ -177,6 +188,7 @@ class Coordinator(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """A worker is gone: its gang cannot go on (a pinned task would wait for it for ever)."""
+        self.neighbourhoods.pop(worker, None)
         if worker in self.leases:
             self.leases[worker].end(Failure("machine", f"worker {worker} was lost"))
 
@@ -197,12 +209,27 @@ class Coordinator(SchedulerPlugin):
             seats = self.health.usable(self._seats(), turn.unit.ranks)
             chosen = choose_seats((s for s in seats if self._is_free(s)), turn.unit.ranks)
             if chosen is not None:
+                if turn.unit.neighbourhood:
+                    turn = self._near(turn, chosen[0])
                 self._launch(turn.job, turn.unit, chosen)
                 continue
             waiting.append(turn)
             if len(seats) >= turn.unit.ranks:
                 break
         self.queue = waiting + self.queue
+
+    def _near(self, first: _Turn, seat: Seat) -> _Turn:
+        """The turn of ``first``, or of another unit of its job that is nearer to what a worker did last."""
+        same = (t for t in self.queue if t.job is first.job and t.unit.ranks == first.unit.ranks)
+        turns = [first, *(turn for turn in same if turn.unit.neighbourhood)]
+        last = self.neighbourhoods.pop(seat.address, "")
+        named = [turn.unit.neighbourhood for turn in turns]
+        near = turns[choose_unit(named, last, self.neighbourhoods.values())]
+        if near is not first:
+            self.queue.remove(near)
+            self.queue.insert(0, first)
+        self.neighbourhoods[seat.address] = near.unit.neighbourhood
+        return near
 
     def _queue(self, job: Job, unit: Unit) -> None:
         bisect.insort(self.queue, _Turn(-job.priority, next(self.submitted), job, unit))
@@ -346,16 +373,6 @@ class Coordinator(SchedulerPlugin):
         )
         address: tuple[str, int] = await future
         return address
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Turn:
-    """A unit in the queue; a unit that failed waits behind those that were queued before."""
-
-    rank: int
-    number: int
-    job: Job = field(compare=False)
-    unit: Unit = field(compare=False)
 
 
 def _pinned(seat: Seat) -> dict[str, Any]:

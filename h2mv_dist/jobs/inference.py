@@ -74,7 +74,13 @@ def start_inference(
     }
     attempts = settings.inference.attempts
     units = tuple(
-        Unit(tile.name, "tile", {"start": tile.start, "stop": tile.stop}, attempts=attempts)
+        Unit(
+            tile.name,
+            "tile",
+            {"start": tile.start, "stop": tile.stop},
+            attempts=attempts,
+            neighbourhood=neighbourhood(planned, tile),
+        )
         for tile in in_good_order(planned, missing)
     )
     final = Unit(FINISH_UNIT, "finish", {}, attempts=attempts, steps=0)
@@ -112,6 +118,13 @@ def in_good_order(planned: CubePlan, missing: Mapping[Tile, Sequence[Period]]) -
         return list(missing)
     mask = planned.layout.grid.mask
     return sorted(missing, key=lambda tile: -int(mask[tile.slices].sum()))
+
+
+def neighbourhood(planned: CubePlan, tile: Tile) -> str:
+    """Tiles of the same one read the same chunks of the forcing; empty where no tiles share any."""
+    if tiles_sharing_no_chunk(planned):
+        return ""
+    return ",".join(str(a // c) for a, c in zip(tile.start, planned.source.chunk_shape, strict=True))
 
 
 def roll_back(cube: str, day: date, options: StorageOptions) -> Progress:

@@ -1,7 +1,7 @@
 """Who gets which workers: pure rules, without any Dask object."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -60,6 +60,22 @@ def choose_seats(free: Iterable[Seat], n: int) -> tuple[Seat, ...] | None:
     if len(ordered) < n:
         return None
     return tuple(sorted(ordered[:n], key=lambda s: s.position))
+
+
+def choose_unit(queued: Sequence[str], last: str, elsewhere: Collection[str]) -> int:
+    """Which unit a free worker takes, by the neighbourhoods of those that are queued, in their order.
+
+    Args:
+        queued: not empty.
+        last: the neighbourhood it worked in last.
+        elsewhere: where the other workers worked last.
+
+    >>> choose_unit(["a", "a", "b"], "b", {"a"}), choose_unit(["a", "a", "b"], "", {"a"})
+    (2, 2)
+    >>> choose_unit(["a", "a", "b"], "c", {"a", "b"})
+    0
+    """
+    return min(range(len(queued)), key=lambda i: (queued[i] != last, queued[i] in elsewhere, i))
 
 
 @dataclass(slots=True)

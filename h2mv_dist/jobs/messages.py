@@ -44,6 +44,7 @@ class Unit:
         spec: JSON-able arguments.
         ranks: gang size.
         attempts: how often it may fail without having got any further.
+        neighbourhood: units of the same one are best run by the same worker; empty if that does not matter.
         steps: how many it takes at most: epochs of a fold, 1 of a tile or some days, none of what ends a job.
         attempt: number of the current or last attempt; a resumed unit goes on counting.
         failures: since the last progress.
@@ -55,6 +56,7 @@ class Unit:
     spec: Mapping[str, Any]
     ranks: int = 1
     attempts: int = 3
+    neighbourhood: str = ""
     steps: int = 1
     state: UnitState = "queued"
     attempt: int = 0
@@ -126,6 +128,7 @@ class Unit:
             "spec": dict(self.spec),
             "ranks": self.ranks,
             "attempts": self.attempts,
+            "neighbourhood": self.neighbourhood,
             "steps": self.steps,
             "attempt": self.attempt,
         }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2mv_dist.jobs.lease import QUARANTINE_AFTER, Health, Seat, choose_seats
+from h2mv_dist.jobs.lease import QUARANTINE_AFTER, Health, Seat, choose_seats, choose_unit
 from h2mv_dist.jobs.messages import (
     FIRST_PAUSE_SECONDS,
     FULL_PATIENCE_SECONDS,
@@ -36,6 +36,24 @@ def test_a_gang_is_whole_and_sorted_or_not_at_all(free: list[Seat], n: int) -> N
     assert list(chosen) == sorted(chosen, key=lambda s: s.position)
     on_one_host = any(sum(s.host == h.host for s in free) >= n for h in free)
     assert (len({s.host for s in chosen}) == 1) == on_one_host
+
+
+@given(st.integers(1, 4), st.data())
+def test_workers_stay_in_a_neighbourhood_while_others_are_left(n_workers: int, data: st.DataObject) -> None:
+    queue = [name for name in "abcdef" for _ in range(3)] * 2
+    order = data.draw(st.permutations([*range(n_workers)] * len(queue)))
+    last, took = dict.fromkeys(range(n_workers), ""), list[str]()
+    while queue:
+        worker = order.pop()
+        elsewhere = [name for other, name in last.items() if other != worker]
+        name = queue.pop(choose_unit(queue, last[worker], elsewhere))
+        if last[worker] in queue:
+            assert name == last[worker]
+        elif set(queue) - set(elsewhere):
+            assert name not in elsewhere
+        last[worker] = name
+        took.append(name)
+    assert sorted(took) == sorted("abcdef" * 6)
 
 
 def unit(**fields: Any) -> Unit:

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,12 @@ from h2mv_dist.io.cube import root_attributes
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message, plan_inference
-from h2mv_dist.jobs.inference import start_inference, submit_inference, warn_of_split_chunks
+from h2mv_dist.jobs.inference import (
+    neighbourhood,
+    start_inference,
+    submit_inference,
+    warn_of_split_chunks,
+)
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.h2mv import SPEC
@@ -331,6 +337,30 @@ def test_a_plan_refuses_what_cannot_fit(
     assert code == 2
     assert "the cube does not fit on the disk" in refused
     assert [*tmp_path.iterdir()] == [file]
+
+
+def test_tiles_that_share_chunks_run_on_the_same_worker(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    halves = {"tile": [3, 6], "shard": [3, 6], "chunk": [3, 6], "outputs": ["runoff"]}
+    settings = small_settings(
+        world_url, cache, inference={**halves, "period": "2001-01-01..2001-01-11", "spinup_days": 0}
+    )
+    planned = plan_inference(settings, job, NO_OPTIONS)
+    assert planned.source.chunk_shape == (6, 6)
+    handle = start_inference(client, planned, job, str(tmp_path / "cube.zarr"), NO_OPTIONS)
+    assert handle is not None
+    handle.wait()
+    ran = {unit["name"]: unit["workers"] for unit in handle.status()["units"]}
+    workers: dict[str, set[str]] = {}
+    for tile in planned.layout.tiles:
+        workers.setdefault(neighbourhood(planned, tile), set()).update(ran[tile.name])
+    pairs = Counter(neighbourhood(planned, tile) for tile in planned.layout.tiles)
+    split = [name for name, on in workers.items() if len(on) > 1]
+    # only at the end, where nothing else is left
+    assert len(split) <= 4 < sum(n == 2 for n in pairs.values()) // 2
+    whole = plan_inference(small_settings(world_url, cache), job, NO_OPTIONS)
+    assert {neighbourhood(whole, tile) for tile in whole.layout.tiles} == {""}
 
 
 def test_tiles_that_cut_chunks_of_the_forcing_are_told(
