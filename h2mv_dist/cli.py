@@ -154,7 +154,8 @@ def infer(
         typer.Option(
             "--from",
             formats=["%Y-%m-%d"],
-            help="Compute a finished cube anew from the last kept state at or before this day on.",
+            help="Compute a finished cube anew from the last kept state at or before this day on; "
+            "it becomes as long as before, or as --append makes it.",
         ),
     ] = None,
     plan_only: Annotated[
@@ -174,8 +175,9 @@ def infer(
     from h2mv_dist.jobs.forecast import forecast, require_room
 
     chosen, options = _settings(settings, set_, address)
+    since = None if from_ is None else from_.date()
     if plan_only:
-        plan = plan_inference(chosen, job, options, cube=cube, append=append)
+        plan = plan_inference(chosen, job, options, cube=cube, append=append, since=since)
         found = forecast(plan, cube, options)
         if as_json:
             print_json(asdict(found))
@@ -183,7 +185,7 @@ def infer(
             console.print("\n".join(found.lines()), soft_wrap=True, highlight=False)
         require_room(plan, cube, options)
         return
-    _fill(chosen, job, cube, options, append=append, since=None if from_ is None else from_.date())
+    _fill(chosen, job, cube, options, append=append, since=since)
 
 
 @app.command()
@@ -486,24 +488,22 @@ def _fill(
 ) -> None:
     """Compute what a cube lacks, and what it holds ``since`` some day, and wait for it."""
     from h2mv_dist.jobs.cube_plan import plan_inference
-    from h2mv_dist.jobs.handle import require_idle
-    from h2mv_dist.jobs.inference import roll_back, start_inference
+    from h2mv_dist.jobs.inference import start_inference
     from h2mv_dist.jobs.messages import job_id
 
     # before anything is started, or rolled back for a cube that cannot be continued
-    plan, name = plan_inference(settings, job, options, cube=cube, append=append), job_id("infer", cube)
+    plan = plan_inference(settings, job, options, cube=cube, append=append, since=since)
+    name = job_id("infer", cube)
     console.print(plan.summary(), soft_wrap=True)
 
     def start(client: "Client") -> "JobHandle | None":
-        if since is None:
-            return _found_running(client, name) or start_inference(client, plan, job, cube, options)
-        require_idle(client, name)
-        shorter = roll_back(cube, since, options)
-        console.print(f"computing anew from {shorter.period.stop} on; interrupted, go on with --append")
-        longer = plan_inference(settings, job, options, cube=cube, append=True)
-        return start_inference(client, longer, job, cube, options)
+        found = _found_running(client, name) if since is None else None
+        handle = found or start_inference(client, plan, job, cube, options)
+        if plan.before is not None and plan.progress is not None:
+            console.print(f"computing anew from {plan.progress.period.stop} on")
+        return handle
 
-    again = _THE_SAME if since is None else f"{_THE_SAME}, with --append instead of --from"
+    again = _THE_SAME if since is None else f"{_THE_SAME}, without --from"
     if _run(settings.cluster, start, again):
         console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
     else:
@@ -553,7 +553,9 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
 
 
 def _print_check(found: "CubeCheck") -> None:
-    console.print(f"{len(found.sound)} receipts agree with what is stored, {len(found.missing)} are missing")
+    unseen = f", {found.unseen} are of days that readers do not see yet" if found.unseen else ""
+    counted = f"{len(found.sound)} receipts agree with what is stored, {len(found.missing)} are missing"
+    console.print(counted + unseen, soft_wrap=True)
     for one, problem in found.damaged.items():
         console.print(f"{one.tile} {one.period}: {problem}", markup=False, soft_wrap=True)
     for stretch in found.missing[:10]:
@@ -572,6 +574,7 @@ def _print_check_as_json(found: "CubeCheck") -> None:
             "damaged": {f"{one.tile} {one.period}": problem for one, problem in found.damaged.items()},
             "missing": [str(stretch) for stretch in found.missing],
             "constants": found.constants,
+            "unseen": found.unseen,
             "residual": None if found.residual != found.residual else found.residual,
         }
     )

@@ -43,10 +43,13 @@ CONSTANTS: Final = "h2mv_dist_constants_sha256"
 COMPACTED: Final = "h2mv_dist_compacted_from"
 """Root attribute of a cube that was copied from another one: fingerprint of that one."""
 
+UNTIL: Final = "h2mv_dist_until"
+"""Root attribute of a cube that was rolled back, until it is as long again: where it is to end."""
+
 _COVERAGE: Final = ("time_coverage_start", "time_coverage_end")
 """First and last day of a complete cube (Attribute Convention for Data Discovery)."""
 
-PROGRESS: Final = (PERIOD, COMPLETE, ROLLBACKS, CONSTANTS, *_COVERAGE)
+PROGRESS: Final = (PERIOD, COMPLETE, ROLLBACKS, CONSTANTS, UNTIL, *_COVERAGE)
 """Root attributes that change while a cube grows."""
 
 HORIZON_DAYS: Final = 36_525
@@ -262,12 +265,19 @@ class Progress:
         complete: whether all of them are there; once they are, always.
         rollbacks: days from which the cube was computed anew, in order.
         constants: SHA-256 of the constants, from the sink; empty until they are written.
+        until: where a cube that was rolled back is to end; None once it does, and for any other one.
     """
 
     period: Period
     complete: bool = False
     rollbacks: tuple[date, ...] = ()
     constants: str = ""
+    until: date | None = None
+
+    @property
+    def intended(self) -> Period:
+        """Days a reader is to see, once those that are computed anew are there again."""
+        return Period(self.period.start, self.until or self.period.stop)
 
     def attributes(self) -> dict[str, str]:
         """Those of the root that say so."""
@@ -278,6 +288,7 @@ class Progress:
             COMPLETE: "yes" if self.complete else "no",
             ROLLBACKS: canonical_json([str(day) for day in self.rollbacks]),
             CONSTANTS: self.constants,
+            **({UNTIL: str(self.until)} if self.until else {}),
             **coverage,
         }
 
@@ -285,9 +296,9 @@ class Progress:
     def of(attributes: Mapping[str, str]) -> "Progress":
         """Inverse of :meth:`attributes`."""
         rollbacks = tuple(map(date.fromisoformat, _list_in(attributes[ROLLBACKS])))
-        return Progress(
-            Period.parse(attributes[PERIOD]), attributes[COMPLETE] == "yes", rollbacks, attributes[CONSTANTS]
-        )
+        until = date.fromisoformat(attributes[UNTIL]) if UNTIL in attributes else None
+        period, complete = Period.parse(attributes[PERIOD]), attributes[COMPLETE] == "yes"
+        return Progress(period, complete, rollbacks, attributes[CONSTANTS], until)
 
 
 def _list_in(text: str) -> list[str]:

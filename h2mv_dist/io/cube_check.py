@@ -11,7 +11,7 @@ import numpy as np
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, describe
-from h2mv_dist.grid import Period, Tile
+from h2mv_dist.grid import Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Covered, Ledger, Receipt, ended_months, gaps
@@ -33,6 +33,7 @@ class CubeCheck:
         missing: stretches without a receipt, ``TILE/START..END``; ``h2mv-dist infer`` computes them.
         damaged: receipt -> what is wrong with it; deleted, it lets ``h2mv-dist infer`` write its days anew.
         constants: what is wrong with the constants, or nothing.
+        unseen: how many receipts are of days that readers do not see yet, and were left out.
         residual: largest gap of the water budget on any checked day and cell, from the stored values, mm;
             NaN where they do not hold all of its terms.
     """
@@ -41,6 +42,7 @@ class CubeCheck:
     missing: tuple[str, ...]
     damaged: Mapping[Covered, str]
     constants: str
+    unseen: int
     residual: float
 
     @property
@@ -68,7 +70,9 @@ def verify_cube(
     ledger = Ledger(url, options, progress.rollbacks)
     covered = ledger.covered()
     stored = StoredValues.open(url, layout, options)
-    chosen = _chosen([one for parts in covered.values() for one in parts], share, seed)
+    receipts = [one for parts in covered.values() for one in parts]
+    seen = [one for one in receipts if one.period.start < layout.period.stop]
+    chosen = _chosen(seen, share, seed)
     tiles = {tile.name: tile for tile in layout.tiles}
 
     def check(one: Covered, receipt: Receipt) -> tuple[str, float]:
@@ -82,6 +86,7 @@ def verify_cube(
         missing=tuple(_missing(layout, covered)),
         damaged={one: problem for one, (problem, _) in found.items() if problem},
         constants=_constants_problem(stored, progress),
+        unseen=len(receipts) - len(seen),
         residual=max(residuals, default=math.nan),
     )
 
@@ -137,29 +142,30 @@ def _problem(stored: StoredValues, tile: Tile | None, one: Covered, receipt: Rec
 def _checksums(
     stored: StoredValues, tile: Tile, one: Covered, receipt: Receipt
 ) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """What a receipt tells of: its name, its checksum, and how that follows from what is stored."""
-    layout = stored.layout
+    """What a receipt tells of days that are seen: its name, its checksum, and how that follows from them."""
+    layout, end = stored.layout, stored.layout.period.stop
     if receipt.static:
         yield "static variables", receipt.static, partial(stored.checksum, tile=tile)
-    for block, written in zip(_blocks(layout, one), receipt.blocks, strict=True):
-        yield f"values of {block}", written, partial(stored.checksum, tile=tile, period=block)
+    for block, written in zip(one.period.blocks(layout.shard_days), receipt.blocks, strict=True):
+        if block.stop <= end:
+            yield f"values of {block}", written, partial(stored.checksum, tile=tile, period=block)
     months = ended_months(layout.period, one.period) if layout.monthly else ()
     for month, written in zip(months, receipt.months, strict=True):
-        yield f"means of {month}", written, partial(stored.checksum, tile=tile, month=month)
-
-
-def _blocks(layout: CubeLayout, one: Covered) -> Iterator[Period]:
-    return one.period.blocks(layout.shard_days)
+        if month.stop <= end:
+            yield f"means of {month}", written, partial(stored.checksum, tile=tile, month=month)
 
 
 def _residual(stored: StoredValues, tiles: Mapping[str, Tile], one: Covered, budget: Budget | None) -> float:
     """Largest gap of the budget in a stretch, from what is stored; damaged parts are told of elsewhere."""
-    if budget is None or one.tile not in tiles or not set(budget.terms) <= set(stored.layout.daily):
+    seen = one.period.common(stored.layout.period)
+    if budget is None or seen is None or one.tile not in tiles:
+        return math.nan
+    if not set(budget.terms) <= set(stored.layout.daily):
         return math.nan
     # whole chunks of days, but not all of a long shard's: several terms, of all members, are in memory
     at_once = stored.layout.chunk_days * max(_BUDGET_DAYS // stored.layout.chunk_days, 1)
     try:
-        parts = one.period.blocks(at_once)
+        parts = seen.blocks(at_once)
         return max(stored.budget_residual(tiles[one.tile], part, budget) for part in parts)
     except DamagedError:
         return math.nan

@@ -215,13 +215,16 @@ def gaps(covered: Sequence[Covered], wanted: Period) -> tuple[Period, ...]:
 
 
 def ended_months(whole: Period, part: Period) -> tuple[Period, ...]:
-    """Whole months of a cube that end in a part of its days.
+    """Whole months of a cube that end in a part of its days, or of days it has not shown yet.
 
     >>> whole = Period(date(2001, 1, 15), date(2001, 4, 10))
     >>> [str(m) for m in ended_months(whole, Period(date(2001, 2, 5), date(2001, 3, 1)))]
     ['2001-02-01..2001-03-01']
+    >>> [str(m) for m in ended_months(whole, Period(date(2001, 4, 1), date(2001, 5, 1)))]
+    ['2001-04-01..2001-05-01']
     """
-    return tuple(month for month in whole.months() if part.start < month.stop <= part.stop)
+    longest = Period(whole.start, max(whole.stop, part.stop))
+    return tuple(month for month in longest.months() if part.start < month.stop <= part.stop)
 
 
 def ledger_url(cube_url: str) -> str:

@@ -6,7 +6,8 @@ Nothing is written here. Days, spin-up and baseline of a cube that exists are th
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, Final
 
 from dask.utils import format_bytes
@@ -24,7 +25,7 @@ from h2mv_dist.io.cube import (
     Progress,
     part_bytes,
 )
-from h2mv_dist.io.cube_store import differences, find_cube, still_as_planned
+from h2mv_dist.io.cube_store import differences, find_cube, read_cube, still_as_planned
 from h2mv_dist.io.handles import places_of
 from h2mv_dist.io.sink import ARRAYS_AT_ONCE
 from h2mv_dist.io.source import Source, open_source
@@ -32,6 +33,7 @@ from h2mv_dist.io.stores import displayed, public
 from h2mv_dist.io.tile_forcing import TileForcing
 from h2mv_dist.jobs.code_path import COMPILED, EAGER, chosen_path
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.rollback import require_finished, rolled_back
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
 from h2mv_dist.model.days import no_compiler_because
@@ -69,7 +71,8 @@ class CubePlan:
         layout: of the cube, as long as it is to become.
         baseline: days whose mean anomalies refer to.
         spinup: days run first, or None for no spin-up.
-        progress: how far the cube is, or None if there is none yet.
+        progress: how far the cube is when the work begins, or None if there is none yet.
+        before: how far it is now, if it is first to be rolled back.
     """
 
     settings: Settings
@@ -80,6 +83,7 @@ class CubePlan:
     baseline: Period
     spinup: Period | None
     progress: Progress | None
+    before: Progress | None = None
 
     @property
     def code_path(self) -> str:
@@ -145,7 +149,13 @@ class CubePlan:
 
 
 def plan_inference(
-    settings: Settings, training_folder: str, options: StorageOptions, *, cube: str = "", append: bool = False
+    settings: Settings,
+    training_folder: str,
+    options: StorageOptions,
+    *,
+    cube: str = "",
+    append: bool = False,
+    since: date | None = None,
 ) -> CubePlan:
     """Read what a cube needs and lay it out; nothing is written.
 
@@ -155,18 +165,41 @@ def plan_inference(
         options: storage options.
         cube: URL of the cube, which may exist; nowhere in particular if left out.
         append: make it as long as the forcing is by now.
+        since: the same, and compute anew what it holds from this day on, or from a little before.
 
     Raises:
         H2mvError: anything that does not fit together.
     """
     known = find_cube(cube, options) if cube else None
-    if known and COMPACTED in known and (append or not settings.inference.overwrite):
+    longer = append or since is not None
+    if known and COMPACTED in known and (longer or not settings.inference.overwrite):
         raise _filled_by_compact(cube, known)
-    planned = _plan(settings, training_folder, options, known, append=append, until=None)
+    if since is None:
+        planned = _plan(settings, training_folder, options, known, append=append)
+    else:
+        planned = _plan_since(settings, training_folder, options, known, cube, since)
     planned.source.tell_uneven_days()
     if known and planned.progress:
         _tell_other_forcing(known, planned.layout, cube)
     return planned
+
+
+def _plan_since(
+    settings: Settings,
+    training_folder: str,
+    options: StorageOptions,
+    known: Mapping[str, str] | None,
+    cube: str,
+    since: date,
+) -> CubePlan:
+    """Of a cube as it will be once it is rolled back."""
+    there = read_cube(cube, options)
+    shorter = {**(known or {}), **rolled_back(cube, there, since, options).attributes()}
+    kept = settings.model_copy(
+        update={"inference": settings.inference.model_copy(update={"overwrite": False})}
+    )
+    planned = _plan(kept, training_folder, options, shorter, append=True)
+    return replace(planned, before=there.progress)
 
 
 def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
@@ -181,7 +214,7 @@ def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
     if known:
         before = message["progress"]
         still_as_planned(message["cube"], Progress.of(before).rollbacks if before else (), options)
-    planned = _plan(settings, message["training_folder"], options, known, append=False, until=until)
+    planned = _plan(settings, message["training_folder"], options, known, until=until)
     theirs, ours = message["provenance"], planned.layout.attributes
     changed = sorted(key for key in ours if theirs.get(key) != ours[key])
     if changed:
@@ -204,8 +237,8 @@ def _plan(
     options: StorageOptions,
     known: Mapping[str, str] | None,
     *,
-    append: bool,
-    until: Period | None,
+    append: bool = False,
+    until: Period | None = None,
 ) -> CubePlan:
     spec = model_kind(settings.model.name).spec
     checkpoints, checksums = _read_members(settings, training_folder, options)
@@ -263,7 +296,7 @@ def _filled_by_compact(cube: str, known: Mapping[str, str]) -> StoreError:
 
 
 def _target(settings: Settings, source: Source, progress: Progress | None, append: bool) -> Period:
-    """The days the cube is to hold: those it was created for, or with ``append`` all whole shards there are.
+    """The days the cube is to hold: those it was to have, or with ``append`` all whole shards there are.
 
     Raises:
         ConfigError: days are asked for that cannot be given.
@@ -272,23 +305,22 @@ def _target(settings: Settings, source: Source, progress: Progress | None, appen
     wanted = _within(settings.inference.period, source.period, "inference.period")
     if progress is None:
         return wanted
-    _within(progress.period, source.period, "the cube's days")
+    _within(progress.intended, source.period, "the cube's days")
     if append:
         return _appended(progress, wanted, settings.inference.shard_days, source.arrays.uneven)
     if settings.inference.period is None:
-        return progress.period
-    if wanted.stop > progress.period.stop:
+        return progress.intended
+    if wanted.stop > progress.intended.stop:
         raise ConfigError(
-            f"inference.period goes on until {wanted.stop}, but the cube ends {progress.period.stop}; "
+            f"inference.period goes on until {wanted.stop}, but the cube ends {progress.intended.stop}; "
             "extend it with h2mv-dist infer --append, or make another one"
         )
-    return Period(wanted.start, progress.period.stop)
+    return Period(wanted.start, progress.intended.stop)
 
 
 def _appended(progress: Progress, wanted: Period, shard_days: int, late: str) -> Period:
     start, length = progress.period.start, progress.period.n_days
-    if not progress.complete:
-        raise JobError("the cube is not finished yet; run h2mv-dist infer without --append first")
+    require_finished(progress)
     if length % shard_days:
         raise JobError(
             describe(
@@ -296,18 +328,19 @@ def _appended(progress: Progress, wanted: Period, shard_days: int, late: str) ->
                 where=f"inference.shard_days = {shard_days}",
                 expected="a cube of whole shards, such as one with inference.shard_days = 1",
                 actual=f"{length} days",
-                fix="--from DATE shortens the cube first, then appends; new cubes are best created with the "
-                "inference.period ending where a shard does",
+                fix="--from DATE, with the cube's last day, computes its last shard anew and appends; new "
+                "cubes are best created with the inference.period ending where a shard does",
             )
         )
     whole = (wanted.stop - start).days // shard_days * shard_days
-    if whole <= length:
+    stop = max(as_date(progress.period.first + whole), progress.intended.stop)
+    if stop <= progress.period.stop:
         raise NothingNewError(
             f"nothing to append: the cube is complete until {progress.period.stop} (that day excluded), the "
             f"forcing ends {wanted.stop}{f' ({late})' if late else ''}, and days are appended {shard_days} "
             "at a time"
         )
-    return Period(start, as_date(progress.period.first + whole))
+    return Period(start, stop)
 
 
 def _code_path(chosen: CodePath, cell_days: int, known: Mapping[str, str] | None) -> str:

@@ -18,11 +18,10 @@ from distributed import Client
 from h2mv_dist.config import Settings, StorageOptions, as_toml, to_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.grid import Period, Tile
-from h2mv_dist.io.cube import CubeLayout, Progress
+from h2mv_dist.io.cube import CubeLayout
 from h2mv_dist.io.cube_check import CubeCheck
-from h2mv_dist.io.cube_store import create_cube, publish, read_cube
+from h2mv_dist.io.cube_store import create_cube, publish, read_cube, require_cube
 from h2mv_dist.io.ledger import Ledger, gaps
-from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
@@ -42,7 +41,7 @@ _log = logging.getLogger(__name__)
 def start_inference(
     client: Client, planned: CubePlan, training_folder: str, cube: str, options: StorageOptions
 ) -> JobHandle | None:
-    """Fill the cube at ``cube``; days of a tile that have a receipt are not computed again.
+    """Fill the cube at ``cube``, rolled back first if so planned; what has a receipt is not computed again.
 
     Returns:
         A handle, or None if there is nothing to do.
@@ -58,6 +57,9 @@ def start_inference(
     missing = missing_days(planned, cube, options)
     require_cube_disk(planned, missing, cube)
     warn_of_split_chunks(planned)
+    if planned.before is not None:
+        require_idle(client, cube)
+        roll_back(planned, cube, options)
     create_cube(cube, planned.layout, options, settings.inference.overwrite)
     constants_done = not planned.layout.constants or planned.progress is None or planned.progress.constants
     if planned.done and constants_done and not missing:
@@ -95,9 +97,10 @@ def submit_inference(
     options: StorageOptions,
     *,
     append: bool = False,
+    since: date | None = None,
 ) -> JobHandle | None:
     """Plan and start inference; see :func:`plan_inference` and :func:`start_inference`."""
-    planned = plan_inference(settings, training_folder, options, cube=cube, append=append)
+    planned = plan_inference(settings, training_folder, options, cube=cube, append=append, since=since)
     return start_inference(client, planned, training_folder, cube, options)
 
 
@@ -127,33 +130,16 @@ def neighbourhood(planned: CubePlan, tile: Tile) -> str:
     return ",".join(str(a // c) for a, c in zip(tile.start, planned.source.chunk_shape, strict=True))
 
 
-def roll_back(cube: str, day: date, options: StorageOptions) -> Progress:
-    """Make a cube end at the last day, not after ``day``, from which every tile can go on.
-
-    What lies behind it counts as not computed from then on; one put of the metadata decides.
+def roll_back(planned: CubePlan, cube: str, options: StorageOptions) -> None:
+    """Make a cube end where the plan begins; what lies behind counts as not computed from then on.
 
     Raises:
-        JobError: there is no such day.
-        StoreError: there is no complete cube, or the store fails.
+        StoreError: the plan is for another cube, or the store fails.
     """
-    layout, progress = read_cube(cube, options)
-    starts = _possible_starts(cube, layout, progress, options)
-    usable = [start for start in starts if start <= min(day, progress.period.stop)]
-    if not usable:
-        raise JobError(
-            describe(
-                "no tile can go on from there",
-                where=displayed(cube),
-                expected=f"snapshots of all tiles at or before {day}",
-                actual=f"they are there for {', '.join(map(str, starts)) or 'no day'}",
-                fix="choose a later day, or make the cube anew with inference.overwrite; one that is created "
-                "with inference.state_days can be gone back to more days",
-            )
-        )
-    shorter = Period(progress.period.start, usable[-1])
-    new = Progress(shorter, True, (*progress.rollbacks, usable[-1]), progress.constants)
-    publish(cube, layout, new, options)
-    return new
+    assert planned.progress is not None
+    require_cube(cube, planned.layout, options)
+    shorter = replace(planned.progress, until=planned.layout.period.stop)
+    publish(cube, planned.layout, shorter, options)
 
 
 def forget_damage(cube: str, check: CubeCheck, options: StorageOptions) -> None:
@@ -176,19 +162,6 @@ def recorded_job(cube: str, options: StorageOptions) -> tuple[dict[str, Any], st
     """
     attributes = read_cube(cube, options).layout.attributes
     return json.loads(attributes["settings"]), attributes["training_job"]
-
-
-def _possible_starts(
-    cube: str, layout: CubeLayout, progress: Progress, options: StorageOptions
-) -> list[date]:
-    """Days from which every tile can go on: its receipts end there, and it has a snapshot."""
-    covered = Ledger(cube, options, progress.rollbacks).covered()
-    snapshots = Snapshots(cube, options, layout.fingerprint, progress.rollbacks)
-    ends = [
-        {one.period.stop for one in covered.get(tile.name, ())} & set(snapshots.days(tile.name))
-        for tile in layout.tiles
-    ]
-    return sorted(set.intersection(*ends))
 
 
 def _require_memory(client: Client, planned: CubePlan) -> None:

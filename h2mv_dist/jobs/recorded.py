@@ -218,7 +218,7 @@ def _tiles(job: RecordedJob) -> list[dict[str, Any]]:
     cube = read_cube(job.place, job.options)
     covered = Ledger(job.place, job.options, cube.progress.rollbacks).covered()
     missing = {
-        tile.name: gaps(covered.get(tile.name, ()), cube.progress.period) for tile in cube.layout.tiles
+        tile.name: gaps(covered.get(tile.name, ()), cube.progress.intended) for tile in cube.layout.tiles
     }
     return [_unit(name, "unfinished" if left else "done") for name, left in missing.items()]
 

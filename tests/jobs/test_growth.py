@@ -20,14 +20,15 @@ from h2mv_dist import cli
 from h2mv_dist.config import DataSettings, Settings, revise
 from h2mv_dist.errors import ConfigError, DataError, JobError, NothingNewError, StoreError
 from h2mv_dist.grid import Period
-from h2mv_dist.io.cube import INPUT_VALUES
+from h2mv_dist.io.cube import INPUT_VALUES, Progress
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.cube_store import create_cube, publish, read_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.io.source import Source, open_source
+from h2mv_dist.jobs import inference
 from h2mv_dist.jobs.cube_plan import plan_inference
-from h2mv_dist.jobs.inference import forget_damage, roll_back, submit_inference
+from h2mv_dist.jobs.inference import forget_damage, submit_inference
 from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
 from h2mv_dist.jobs.training import plan_training
 from h2mv_dist.model.h2mv import SPEC
@@ -62,10 +63,25 @@ def until(day: int, url: str, cache: Path, **inference: Any) -> Settings:
     return small_settings(url, cache, data=data, inference=chosen)
 
 
-def infer(client: Client, settings: Settings, job: str, cube: Path, *, append: bool = False) -> None:
-    handle = submit_inference(client, settings, job, str(cube), NO_OPTIONS, append=append)
+def infer(
+    client: Client,
+    settings: Settings,
+    job: str,
+    cube: Path,
+    *,
+    append: bool = False,
+    since: date | None = None,
+) -> None:
+    handle = submit_inference(client, settings, job, str(cube), NO_OPTIONS, append=append, since=since)
     assert handle is not None
     handle.wait()
+
+
+def roll_back(settings: Settings, job: str, cube: Path, day: date) -> Progress:
+    """What a run that computes anew does first; it ends right after."""
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), since=day)
+    inference.roll_back(planned, str(cube), NO_OPTIONS)
+    return read_cube(str(cube), NO_OPTIONS).progress
 
 
 def objects(folder: Path, *, metadata: bool = True) -> dict[str, str]:
@@ -317,8 +333,8 @@ def test_whole_shards_only(client: Client, world_url: str, cache: Path, job: str
     infer(client, until(11, world_url, cache, **weekly), job, tmp_path / "ragged.zarr")
     with pytest.raises(JobError, match=r"ends within a shard(.|\n)*--from DATE"):
         infer(client, until(15, world_url, cache, **weekly), job, tmp_path / "ragged.zarr", append=True)
-    roll_back(str(tmp_path / "ragged.zarr"), date(2001, 1, 11), NO_OPTIONS)
-    infer(client, until(15, world_url, cache, **weekly), job, tmp_path / "ragged.zarr", append=True)
+    longer = until(15, world_url, cache, **weekly)
+    infer(client, longer, job, tmp_path / "ragged.zarr", since=date(2001, 1, 11))
     assert verify_cube(str(tmp_path / "ragged.zarr"), NO_OPTIONS).complete
     ours, theirs = (objects(tmp_path / name, metadata=False) for name in ("ragged.zarr", "cube.zarr"))
     daily = [name for name in ours if name.startswith(("runoff/", "evapotranspiration/"))]
@@ -344,13 +360,14 @@ def test_replaced_forcing_is_computed_anew_from_a_day_on(
     frozen = {"baseline": f"{FIRST}..2001-01-11"}
     with xr.open_zarr(cube, chunks=None) as opened:
         preliminary = opened.load()
+    longer = until(15, other_weather, cache)
     with pytest.raises(JobError, match=r"no tile can go on(.|\n)*2001-01-11, 2001-01-13(.|\n)*state_days"):
-        roll_back(str(cube), date(2001, 1, 10), NO_OPTIONS)
-    progress = roll_back(str(cube), date(2001, 1, 12), NO_OPTIONS)
+        roll_back(longer, job, cube, date(2001, 1, 10))
+    progress = roll_back(longer, job, cube, date(2001, 1, 12))
     assert progress.period.stop == date(2001, 1, 11)
     with xr.open_zarr(cube, chunks=None) as opened:
         assert opened.sizes["time"] == 10, "readers see the shorter cube at once"
-    infer(client, until(15, other_weather, cache), job, cube, append=True)
+    infer(client, longer, job, cube, append=True)
     assert verify_cube(str(cube), NO_OPTIONS).complete
     with xr.open_zarr(cube, chunks=None) as opened:
         final = opened.load()
@@ -371,8 +388,9 @@ def test_states_on_the_way_can_be_gone_back_to(
     snapshots = Snapshots(str(cube), NO_OPTIONS, "")
     (tile, *_) = [p.name for p in Path(snapshots_url(str(cube))).iterdir()]
     assert snapshots.days(tile) == tuple(date(2001, 1, d) for d in (5, 9, 13, 14))
-    assert roll_back(str(cube), date(2001, 1, 11), NO_OPTIONS).period.stop == date(2001, 1, 9)
-    infer(client, until(14, other_weather, cache, **often), job, cube, append=True)
+    again = until(14, other_weather, cache, **often)
+    assert roll_back(again, job, cube, date(2001, 1, 11)).period.stop == date(2001, 1, 9)
+    infer(client, again, job, cube, append=True)
     infer(client, until(9, other_weather, cache, **often), job, tmp_path / "fresh.zarr")
     assert verify_cube(str(cube), NO_OPTIONS).complete
     with (
@@ -381,6 +399,75 @@ def test_states_on_the_way_can_be_gone_back_to(
     ):
         xr.testing.assert_equal(ours["runoff"][:8].load(), theirs["runoff"].load())
         assert ours.attrs["baseline_period"] == f"{FIRST}..2001-01-14"
+
+
+RAGGED: Mapping[str, Any] = {"shard_days": 4, "chunk_days": 2}
+"""A cube of ten days ends within its third shard."""
+
+
+@pytest.fixture(scope="module")
+def made_ragged(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("ragged")
+    infer(client, until(11, world_url, cache, **RAGGED), job, folder / "cube.zarr")
+    return folder
+
+
+@pytest.fixture
+def ragged(made_ragged: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made_ragged, tmp_path / "ragged")
+    return tmp_path / "ragged" / "cube.zarr"
+
+
+def test_days_computed_anew_reach_as_far_as_before(
+    client: Client, other_weather: str, cache: Path, job: str, ragged: Path
+) -> None:
+    with xr.open_zarr(ragged, chunks=None) as opened:
+        preliminary = opened["runoff"].load()
+    infer(client, until(11, other_weather, cache, **RAGGED), job, ragged, since=date(2001, 1, 10))
+    with xr.open_zarr(ragged, chunks=None) as opened:
+        final = opened["runoff"].load()
+    assert final.sizes["time"] == 10
+    xr.testing.assert_identical(final[:8], preliminary[:8])
+    assert float(abs(final[8:] - preliminary[8:]).max()) > 1e-3
+    progress = read_cube(str(ragged), NO_OPTIONS).progress
+    assert progress == Progress(progress.period, True, (date(2001, 1, 9),), progress.constants)
+    assert verify_cube(str(ragged), NO_OPTIONS).complete
+
+
+def test_interrupted_days_anew_go_on_to_the_same_end(
+    client: Client, world_url: str, cache: Path, job: str, ragged: Path
+) -> None:
+    settings = until(11, world_url, cache, **RAGGED)
+    shorter = roll_back(settings, job, ragged, date(2001, 1, 10))
+    assert (shorter.period.stop, shorter.until) == (date(2001, 1, 9), date(2001, 1, 11))
+    ways: tuple[Mapping[str, Any], ...] = ({}, {"append": True}, {"since": date(2001, 1, 10)})
+    for way in ways:
+        planned = plan_inference(settings, job, NO_OPTIONS, cube=str(ragged), **way)
+        assert planned.layout.period.stop == date(2001, 1, 11)
+    longer = plan_inference(
+        until(14, world_url, cache, **RAGGED), job, NO_OPTIONS, cube=str(ragged), append=True
+    )
+    assert longer.layout.period.stop == date(2001, 1, 13)
+    infer(client, settings, job, ragged)
+    done = read_cube(str(ragged), NO_OPTIONS).progress
+    assert (done.period.stop, done.until) == (date(2001, 1, 11), None)
+
+
+def test_what_cannot_be_computed_anew_is_not_rolled_back(
+    client: Client, world_url: str, cache: Path, job: str, ragged: Path
+) -> None:
+    before = objects(ragged.parent)
+    refused: tuple[tuple[Settings, type[Exception], str], ...] = (
+        (until(10, world_url, cache, **RAGGED), ConfigError, "the cube's days"),
+        (until(11, world_url, cache, **{**RAGGED, "members": "all"}), StoreError, "nothing was touched"),
+        (until(11, world_url, cache, shard_days=2, overwrite=True), StoreError, "nothing was touched"),
+    )
+    for settings, error, said in refused:
+        with pytest.raises(error, match=said):
+            infer(client, settings, job, ragged, since=date(2001, 1, 10))
+    assert objects(ragged.parent) == before
 
 
 def test_an_interrupted_append_is_not_seen_and_goes_on(
@@ -394,6 +481,9 @@ def test_an_interrupted_append_is_not_seen_and_goes_on(
     compute_tile(context, first)
     with pytest.raises(JobError, match="have no receipt"):
         finish_cube(context)
+    found = verify_cube(str(cube), NO_OPTIONS, budget=SPEC.budget)
+    assert found.complete, "at its old length"
+    assert (len(found.sound), found.unseen) == (2, 1)
     with xr.open_zarr(cube, chunks=None) as opened:
         assert opened.sizes["time"] == 10
         assert np.isfinite(opened["runoff"].values[:, opened["land_mask"].values == 1]).all()
@@ -402,6 +492,21 @@ def test_an_interrupted_append_is_not_seen_and_goes_on(
     assert verify_cube(str(cube), NO_OPTIONS).complete
     with xr.open_zarr(cube, chunks=None) as opened:
         assert opened.sizes["time"] == 12
+
+
+def test_a_receipt_of_days_that_are_seen_and_of_others_is_checked_as_far_as_they_are(
+    world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    """As a repair that was interrupted leaves them, if the next command appends."""
+    ledger = Ledger(str(cube), NO_OPTIONS)
+    (tile, receipts), _ = sorted(ledger.covered().items())
+    ledger.forget(receipts)
+    appended(13, world_url, cache, job, cube)
+    found = verify_cube(str(cube), NO_OPTIONS, budget=SPEC.budget)
+    assert found.complete
+    assert (len(found.sound), found.unseen) == (2, 1)
+    next(p for p in (cube / "runoff" / "c" / "3" / "0").rglob("*") if p.is_file()).unlink()
+    assert [one.tile for one in verify_cube(str(cube), NO_OPTIONS).damaged] == [tile]
 
 
 def appended(day: int, url: str, cache: Path, job: str, cube: Path) -> TileContext:
@@ -415,7 +520,7 @@ def appended(day: int, url: str, cache: Path, job: str, cube: Path) -> TileConte
 
 def test_a_run_does_not_undo_a_rollback_of_another(world_url: str, cache: Path, job: str, cube: Path) -> None:
     run = appended(13, world_url, cache, job, cube)
-    shown = roll_back(str(cube), date(2001, 1, 11), NO_OPTIONS)
+    shown = roll_back(until(13, world_url, cache), job, cube, date(2001, 1, 11))
     with pytest.raises(JobError, match="rolled back while it was worked on"):
         finish_cube(run)
     assert read_cube(str(cube), NO_OPTIONS).progress == shown
@@ -597,6 +702,7 @@ def test_the_command_line_for_a_timer(
     code, said = run(*infer, "--from", "2001-01-04", days=5)
     assert code == 0
     assert "computing anew from 2001-01-04" in said
+    assert run(*infer, "--from", "2001-01-05", "--plan", days=5)[0] == 0
     code, said = run("verify-cube", str(cube))
     assert code == 0
     assert "4 receipts agree" in said
