@@ -4,11 +4,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32Array = NDArray[np.float32]
+
+
+CLOSES_MM: Final = 1e-3
+"""Gap of the water budget, mm a day, that float32 fluxes explain."""
+CLOSES_ULP: Final = 4
+"""Gap that a float32 store explains, in units of its last place: its parts change several times a day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,13 @@ class Budget:
     def residual(
         self, daily: Mapping[str, NDArray[np.float64]], before: NDArray[np.float64] | None = None
     ) -> float:
-        """Largest absolute gap on any day, mm; 0 where there is nothing to compare.
+        """Largest absolute gap on any day, mm; 0 where there is nothing to compare. See :meth:`gaps`."""
+        return float(self.gaps(daily, before).max(initial=0.0))
+
+    def gaps(
+        self, daily: Mapping[str, NDArray[np.float64]], before: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Absolute gap of each day, mm, [..., time, cell].
 
         Args:
             daily: term -> [..., time, cell].
@@ -46,8 +59,26 @@ class Budget:
         if before is not None:
             store = np.concatenate([before[..., None, :], store], axis=-2)
         change = np.diff(store, axis=-2)
-        gap = np.abs(change - net[..., net.shape[-2] - change.shape[-2] :, :])
-        return float(gap.max(initial=0.0))
+        gaps: NDArray[np.float64] = np.abs(change - net[..., net.shape[-2] - change.shape[-2] :, :])
+        return gaps
+
+    def tolerance(
+        self, daily: Mapping[str, NDArray[np.float64]], rounded: Mapping[str, float]
+    ) -> NDArray[np.float64]:
+        """Gaps that follow from storing float32, mm, [..., time - 1, cell]: the first day is left out.
+
+        They are :data:`CLOSES_MM` and :data:`CLOSES_ULP` of the store, and what rounding adds.
+
+        Args:
+            daily: term -> [..., time, cell], as stored.
+            rounded: term -> largest relative error of its values, for those that were rounded.
+        """
+        steps = np.spacing(np.abs(daily[self.store]).astype(np.float32)).astype(np.float64)
+        errors = {name: relative * np.abs(daily[name]) for name, relative in rounded.items()}
+        errors[self.store] = errors.get(self.store, 0.0) + CLOSES_ULP / 2 * steps
+        both_days = errors[self.store][..., 1:, :] + errors[self.store][..., :-1, :]
+        fluxes = (e[..., 1:, :] for n, e in errors.items() if n != self.store)
+        return sum(fluxes, CLOSES_MM + both_days)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,14 @@ from h2mv_dist.grid import Tile
 from h2mv_dist.io.cube import CubeLayout, Progress
 from h2mv_dist.io.cube_store import read_cube
 from h2mv_dist.io.ledger import Covered, Ledger, Receipt, ended_months, gaps
-from h2mv_dist.io.sink import DamagedError, StoredValues
+from h2mv_dist.io.sink import Closure, DamagedError, StoredValues
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.spec import Budget
 
 _AT_ONCE: Final = 4
 _BUDGET_DAYS: Final = 64
 CONSTANTS_UNIT: Final = "constants"
+_UNKNOWN: Final = Closure(math.nan, closes=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class CubeCheck:
         unseen: how many receipts are of days that readers do not see yet, and were left out.
         residual: largest gap of the water budget on any checked day and cell, from the stored values, mm;
             NaN where they do not hold all of its terms.
+        unbalanced: receipts of days with a gap beyond what storing explains, ``Budget.tolerance``; computing
+            them again gives the same.
     """
 
     sound: tuple[Covered, ...]
@@ -44,11 +47,12 @@ class CubeCheck:
     constants: str
     unseen: int
     residual: float
+    unbalanced: tuple[Covered, ...]
 
     @property
     def complete(self) -> bool:
-        """Whether everything is there and sound."""
-        return not self.missing and not self.damaged and not self.constants
+        """Whether everything is there and sound, and the budget closes."""
+        return not (self.missing or self.damaged or self.constants or self.unbalanced)
 
 
 def verify_cube(
@@ -75,12 +79,12 @@ def verify_cube(
     chosen = _chosen(seen, share, seed)
     tiles = {tile.name: tile for tile in layout.tiles}
 
-    def check(one: Covered, receipt: Receipt) -> tuple[str, float]:
-        return _problem(stored, tiles.get(one.tile), one, receipt), _residual(stored, tiles, one, budget)
+    def check(one: Covered, receipt: Receipt) -> tuple[str, Closure]:
+        return _problem(stored, tiles.get(one.tile), one, receipt), _closure(stored, tiles, one, budget)
 
     with ThreadPoolExecutor(_AT_ONCE, "h2mv-check") as pool:
         found = dict(zip(chosen, pool.map(check, chosen, ledger.receipts(chosen)), strict=True))
-    residuals = [r for _, r in found.values() if not math.isnan(r)]
+    residuals = [closure.residual for _, closure in found.values() if not math.isnan(closure.residual)]
     return CubeCheck(
         sound=tuple(one for one, (problem, _) in found.items() if not problem),
         missing=tuple(_missing(layout, covered)),
@@ -88,6 +92,7 @@ def verify_cube(
         constants=_constants_problem(stored, progress),
         unseen=len(receipts) - len(seen),
         residual=max(residuals, default=math.nan),
+        unbalanced=tuple(one for one, (_, closure) in found.items() if not closure.closes),
     )
 
 
@@ -155,20 +160,21 @@ def _checksums(
             yield f"means of {month}", written, partial(stored.checksum, tile=tile, month=month)
 
 
-def _residual(stored: StoredValues, tiles: Mapping[str, Tile], one: Covered, budget: Budget | None) -> float:
-    """Largest gap of the budget in a stretch, from what is stored; damaged parts are told of elsewhere."""
+def _closure(stored: StoredValues, tiles: Mapping[str, Tile], one: Covered, budget: Budget | None) -> Closure:
+    """How the budget closes in a stretch, from what is stored; damaged parts are told of elsewhere."""
     seen = one.period.common(stored.layout.period)
     if budget is None or seen is None or one.tile not in tiles:
-        return math.nan
+        return _UNKNOWN
     if not set(budget.terms) <= set(stored.layout.daily):
-        return math.nan
+        return _UNKNOWN
     # whole chunks of days, but not all of a long shard's: several terms, of all members, are in memory
     at_once = stored.layout.chunk_days * max(_BUDGET_DAYS // stored.layout.chunk_days, 1)
     try:
         parts = seen.blocks(at_once)
-        return max(stored.budget_residual(tiles[one.tile], part, budget) for part in parts)
+        found = [stored.closure(tiles[one.tile], part, budget) for part in parts]
+        return Closure(max(part.residual for part in found), all(part.closes for part in found))
     except DamagedError:
-        return math.nan
+        return _UNKNOWN
 
 
 def _constants_problem(stored: StoredValues, progress: Progress) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from h2mv_dist.errors import describe
 from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import Progress
+from h2mv_dist.io.cube_store import still_as_planned
 from h2mv_dist.io.ledger import Ledger, Receipt, ended_months
 from h2mv_dist.io.sink import DamagedError, Sink, StoredValues, Where
 from h2mv_dist.io.stores import displayed
@@ -52,9 +53,11 @@ class CubeCopy:
 
         Raises:
             DamagedError: what is read is not what was written there.
+            JobError: the target was rolled back since it was planned with.
             StoreError: a store fails, or the block is no shard of the target.
         """
         started, layout = time.monotonic(), self.target.layout
+        self._require_current()
         written = self._written(tile, block)
         first = block.start == layout.period.start and layout.static
         passing = _Passing(tuple(block.blocks(self.source.layout.shard_days)), layout.grid.mask[tile.slices])
@@ -75,7 +78,11 @@ class CubeCopy:
             residual=None,
             seconds=round(time.monotonic() - started, 3),
         )
+        self._require_current()
         self.ledger.record(tile.name, block, receipt)
+
+    def _require_current(self) -> None:
+        still_as_planned(self.ledger.url, self.ledger.rollbacks, self.ledger.options)
 
     def copy_constants(self, progress: Progress) -> str:
         """Copy what belongs to no tile; returns its checksum.

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.abc.codec import BytesBytesCodec
-from zarr.abc.store import Store
 from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
+from zarr.errors import ContainsArrayError
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, JobError, StoreError, describe
@@ -35,13 +37,14 @@ from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import (
     delete_tree,
     displayed,
-    exists,
     explained,
     get_object,
+    get_versioned,
     join,
     list_objects,
     open_store,
     put_object,
+    swap_object,
 )
 
 _STATE: Final = "h2mv_dist_state"
@@ -53,6 +56,7 @@ _COMPRESSORS: Final[Mapping[Compression, BytesBytesCodec]] = {
 """Measured on simulated fluxes and stores: levels of zstd above 1 take 1.8 times as long for no byte less."""
 _AT_ONCE: Final = 8
 """Metadata objects read or written at a time."""
+_Array: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
 def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite: bool) -> None:
@@ -74,10 +78,15 @@ def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite
         raise _another_cube(url, differences)
     elif found is None:
         _refuse_orphaned_receipts(url, options)
-    resumed = found is not None and not differences
     wanted |= Progress(layout.period).attributes()
-    with explained(url, options):
-        _write_metadata(open_store(url, options, read_only=False), layout, wanted, again=resumed)
+    if found is None or differences:
+        begun = _root({**wanted, _STATE: _UNFINISHED})
+        if swap_object(_document(url, ""), begun, None, options) is None:
+            # another run has begun one at this moment: it is ours to join, or to refuse
+            create_cube(url, layout, options, overwrite=False)
+            return
+    _write_arrays(url, layout, options)
+    _finish_root(url, wanted, options)
 
 
 def differences(attributes: Mapping[str, str], layout: CubeLayout) -> tuple[str, ...]:
@@ -150,13 +159,13 @@ def read_cube(url: str, options: StorageOptions) -> Cube:
 
 
 def still_as_planned(url: str, rollbacks: tuple[date, ...], options: StorageOptions) -> Progress:
-    """How far a cube is by now, which nobody may have rolled back meanwhile.
+    """How far a cube is by now, which nobody may have rolled back meanwhile; costs one read of its root.
 
     Raises:
         JobError: somebody has.
         StoreError: there is no complete cube, or the store fails.
     """
-    progress = read_cube(url, options).progress
+    progress = _shown(url, options).progress
     if progress.rollbacks == rollbacks:
         return progress
     raise JobError(
@@ -165,7 +174,8 @@ def still_as_planned(url: str, rollbacks: tuple[date, ...], options: StorageOpti
             where=displayed(url),
             expected=f"rollbacks to {', '.join(map(str, rollbacks)) or 'no day'}",
             actual=f"rollbacks to {', '.join(map(str, progress.rollbacks)) or 'no day'}",
-            fix="let one command at a time work on a cube, then start again; nothing was changed",
+            fix="let one command at a time work on a cube: wait for the other one, then start again; days "
+            "without a receipt count as not done, and h2mv-dist verify-cube finds shards of the wrong run",
         )
     )
 
@@ -177,43 +187,129 @@ def publish_further(url: str, layout: CubeLayout, progress: Progress, options: S
         JobError: the cube was rolled back meanwhile.
         StoreError: the store cannot be reached or written.
     """
-    shown = still_as_planned(url, progress.rollbacks, options)
-    if not (shown.complete and shown.period.stop > progress.period.stop):
-        publish(url, layout, progress, options)
+    while True:
+        shown = still_as_planned(url, progress.rollbacks, options)
+        if shown.complete and shown.period.stop > progress.period.stop:
+            return
+        with suppress(ChangedError):
+            publish(url, layout, progress, options, before=shown)
+            return
 
 
-def publish(url: str, layout: CubeLayout, progress: Progress, options: StorageOptions) -> None:
-    """Show readers the days of ``progress``: one put of the root, with the metadata of all arrays in it.
+def publish(
+    url: str,
+    layout: CubeLayout,
+    progress: Progress,
+    options: StorageOptions,
+    *,
+    before: Progress | None = None,
+) -> None:
+    """Show readers the days of ``progress``: the root, with the metadata of all arrays in it, is swapped.
 
     The arrays' own metadata, for readers that do not look into the root's copy, follow the root when a cube
     becomes shorter and go before it when it becomes longer, so that nobody is shown days that are not there.
+    So do coordinates beyond the horizon that they are stored for.
+
+    Args:
+        before: how far the cube is as far as the caller knows; left out, however far it is.
 
     Raises:
+        ChangedError: it is further, or less far, by now; nothing was changed.
         StoreError: the store cannot be reached or written.
     """
+    root = _shown(url, options)
+    if before is not None and root.progress != before:
+        raise _changed_meanwhile(url)
+    layout = replace(layout, period=progress.period)
     names = [array.name for array in planned_arrays(layout)]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         stored = list(pool.map(lambda name: json.loads(get_object(_document(url, name), options)), names))
-    shown = {name: _lasting(array, progress.period) for name, array in zip(names, stored, strict=True)}
-    changed = {name: new for (name, new), old in zip(shown.items(), stored, strict=True) if new != old}
-    longer = any(new["shape"] > old["shape"] for new, old in zip(shown.values(), stored, strict=True))
-    root = {
-        "attributes": {**root_attributes(layout), **progress.attributes()},
+    documents = dict(zip(names, stored, strict=True))
+    shown = {name: _lasting(document, progress.period) for name, document in documents.items()}
+    longer = any(shown[name]["shape"] > documents[name]["shape"] for name in names)
+    if longer:
+        _write_further_coordinates(url, layout, documents, options)
+        _put_changed(url, documents, shown, options)
+    new = _root({**root_attributes(layout), **progress.attributes()}, shown)
+    if swap_object(_document(url, ""), new, root.version, options) is None:
+        now = _shown(url, options).progress.period
+        _put_changed(url, shown, {name: _lasting(one, now) for name, one in shown.items()}, options)
+        raise _changed_meanwhile(url)
+    if not longer:
+        _put_changed(url, documents, shown, options)
+
+
+class ChangedError(JobError):
+    """How far a cube is was changed by another run."""
+
+
+def _changed_meanwhile(url: str) -> ChangedError:
+    return ChangedError(
+        describe(
+            "another run has changed how far the cube is",
+            where=displayed(url),
+            expected="the cube as it was planned with",
+            actual="one that was lengthened, rolled back or repaired meanwhile",
+            fix="let one command at a time work on a cube, then start again",
+        )
+    )
+
+
+class _Shown(NamedTuple):
+    """What the root of a finished cube says, and the version it says so in."""
+
+    progress: Progress
+    version: str
+
+
+def _shown(url: str, options: StorageOptions) -> _Shown:
+    root = get_versioned(_document(url, ""), options)
+    found = _parsed(root.data) if root else None
+    if root is None or found is None or not found.finished:
+        raise _no_cube(url)
+    try:
+        return _Shown(Progress.of(found.attributes), root.version)
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
+        raise _damaged(url, error) from error
+
+
+def _root(attributes: Mapping[str, str], arrays: Mapping[str, Any] | None = None) -> bytes:
+    """Metadata of the group, with those of its arrays in it, if they are given."""
+    # Readers without it fall back to the arrays' own metadata, so leaving the specification is safe.
+    copy = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    document = {
+        "attributes": dict(attributes),
         "zarr_format": 3,
-        # Readers without it fall back to the arrays' own metadata, so leaving the specification is safe.
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": shown},
+        **({"consolidated_metadata": copy} if arrays is not None else {}),
         "node_type": "group",
     }
+    return json.dumps(document, indent=2).encode()
 
-    def put(name: str, document: Mapping[str, Any]) -> None:
-        put_object(_document(url, name), json.dumps(document, indent=2).encode(), options)
 
-    if not longer:
-        put("", root)
+def _put_changed(url: str, old: Mapping[str, Any], new: Mapping[str, Any], options: StorageOptions) -> None:
+    """Write the metadata of those arrays for which they change."""
+
+    def put(name: str) -> None:
+        put_object(_document(url, name), json.dumps(new[name], indent=2).encode(), options)
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(put, changed, changed.values()))
-    if longer:
-        put("", root)
+        list(pool.map(put, (name for name in new if new[name] != old[name])))
+
+
+def _write_further_coordinates(
+    url: str, layout: CubeLayout, documents: Mapping[str, Any], options: StorageOptions
+) -> None:
+    """Write whole chunks of coordinates that nobody could read so far, if the layout's days need some."""
+    with explained(url, options):
+        store = open_store(url, options, read_only=False)
+        for array in planned_arrays(layout):
+            if array.values is None:
+                continue
+            document = documents[array.name]
+            (chunk, *_) = document["chunk_grid"]["configuration"]["chunk_shape"]
+            first = max(-(-document["shape"][0] // chunk), 1) * chunk
+            if first < len(array.values):
+                _write_values(zarr.open_array(store, path=array.name, mode="r+"), array.values, first)
 
 
 def _document(url: str, name: str) -> str:
@@ -227,44 +323,52 @@ def _lasting(array: Mapping[str, Any], period: Period) -> dict[str, Any]:
     return {**array, "shape": [grown.get(axis, size) for axis, size in axes]}
 
 
-def _write_metadata(store: Store, layout: CubeLayout, attributes: Mapping[str, str], *, again: bool) -> None:
-    """Write root and arrays; the root says that it is unfinished until the last array is there.
+def _write_arrays(url: str, layout: CubeLayout, options: StorageOptions) -> None:
+    """Write the metadata of all arrays, and the values of coordinates.
 
-    ``again``: a creation was interrupted, so arrays may be there. They hold no results yet, because a sink
-    opens only a finished cube.
+    Arrays that an interrupted creation, or another run that joined it, has written stay as they are: they may
+    hold shards by now.
     """
-    group = zarr.open_group(
-        store,
-        mode="a",
-        zarr_format=3,
-        attributes={**attributes, _STATE: _UNFINISHED},
-        use_consolidated=False,
-    )
-    for array in planned_arrays(layout):
-        _create_array(group, array, _COMPRESSORS[layout.compression], overwrite=again)
-    group.attrs.put(dict(attributes))
+    with explained(url, options):
+        store = open_store(url, options, read_only=False)
+        group = zarr.open_group(store, mode="r+", use_consolidated=False)
+        for array in planned_arrays(layout):
+            created = _created(group, array, _COMPRESSORS[layout.compression])
+            if array.values is not None:
+                _write_values(created, array.values)
 
 
-def _create_array(
-    group: zarr.Group, array: PlannedArray, compressor: BytesBytesCodec, *, overwrite: bool
-) -> None:
-    created = group.create_array(
-        array.name,
-        shape=array.shape,
-        dtype=array.dtype,
-        chunks=array.chunks,
-        shards=array.shards,
-        # Flipped bits of a ranged read go unseen without the checksum of each inner chunk.
-        compressors=(compressor, Crc32cCodec()),
-        fill_value=np.nan if array.dtype.kind == "f" else 0,
-        attributes=dict(array.attributes),
-        dimension_names=array.dims,
-        overwrite=overwrite,
-    )
-    if array.values is not None:
-        # also the part of a coordinate that lies beyond the array's shape
-        metadata = replace(created.async_array.metadata, shape=array.values.shape)
-        zarr.Array(zarr.AsyncArray(metadata, created.store_path))[...] = array.values
+def _created(group: zarr.Group, array: PlannedArray, compressor: BytesBytesCodec) -> _Array:
+    """The array, which is created if it is not there."""
+    try:
+        return group.create_array(
+            array.name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=array.chunks,
+            shards=array.shards,
+            # Flipped bits of a ranged read go unseen without the checksum of each inner chunk.
+            compressors=(compressor, Crc32cCodec()),
+            fill_value=np.nan if array.dtype.kind == "f" else 0,
+            attributes=dict(array.attributes),
+            dimension_names=array.dims,
+        )
+    except ContainsArrayError:
+        return zarr.open_array(group.store, path=array.name, mode="r+")
+
+
+def _write_values(array: _Array, values: NDArray[np.generic], first: int = 0) -> None:
+    """Write values from the ``first`` on, also those that lie beyond the array's shape."""
+    metadata = replace(array.async_array.metadata, shape=values.shape)
+    zarr.Array(zarr.AsyncArray(metadata, array.store_path))[first:] = values[first:]
+
+
+def _finish_root(url: str, attributes: Mapping[str, str], options: StorageOptions) -> None:
+    """Say that all metadata are there, unless another run has said so, and perhaps more, by now."""
+    begun = get_versioned(_document(url, ""), options)
+    found = _parsed(begun.data) if begun else None
+    if begun is not None and found is not None and not found.finished:
+        swap_object(_document(url, ""), _root(attributes), begun.version, options)
 
 
 class _Found(NamedTuple):
@@ -286,9 +390,9 @@ def _existing(url: str, options: StorageOptions) -> _Found | None:
     Raises:
         StoreError: something that is not a cube is there.
     """
-    root = join(url, "zarr.json")
-    if exists(root, options):
-        found = _parsed(get_object(root, options))
+    root = get_versioned(_document(url, ""), options)
+    if root is not None:
+        found = _parsed(root.data)
         if found is not None:
             return found
     elif not list_objects(url, options):

@@ -183,8 +183,8 @@ class StoredValues:
                 box = _read(self.arrays[name], region.where, self.url)
             yield box
 
-    def budget_residual(self, tile: Tile, period: Period, budget: Budget) -> float:
-        """Largest gap of the budget on the days of a period, over members and land cells, mm.
+    def closure(self, tile: Tile, period: Period, budget: Budget) -> "Closure":
+        """How the budget closes on the days of a period, over members and land cells.
 
         The cube's first day has none before it, and is left out.
 
@@ -197,7 +197,18 @@ class StoredValues:
         land = self.layout.grid.mask[tile.slices]
         with explained(self.url, self.options):
             parts = {n: _read(self.arrays[n], (..., days, *tile.slices), self.url) for n in budget.terms}
-        return budget.residual({n: np.asarray(p[..., land], np.float64) for n, p in parts.items()})
+        daily = {n: np.asarray(p[..., land], np.float64) for n, p in parts.items()}
+        gaps = budget.gaps(daily)
+        errors = {n: rounding_error(bits) for n, bits in self.layout.rounded.items() if n in budget.terms}
+        allowed = budget.tolerance(daily, errors)
+        return Closure(float(gaps.max(initial=0.0)), not (gaps > allowed).any())
+
+
+class Closure(NamedTuple):
+    """The largest gap of a budget, mm, and whether all gaps are within ``Budget.tolerance``."""
+
+    residual: float
+    closes: bool
 
 
 class DamagedError(StoreError):
@@ -281,6 +292,11 @@ def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
     half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
     nearest = ((bits + half + odd) >> dropped) << dropped
     return np.where(np.isfinite(values), nearest.view(np.float32), values)
+
+
+def rounding_error(kept_bits: int) -> float:
+    """The largest relative one of values with so many bits of mantissa."""
+    return 2.0 ** -(kept_bits + 1)
 
 
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:

@@ -429,6 +429,12 @@ def _content_version(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _lock_of(path: Path) -> Path:
+    """Beside the object; for metadata of a Zarr group beside that, or readers would take it for a member."""
+    place = path.parent if path.name == "zarr.json" else path
+    return place.parent / f"{_LOCK}{place.name}"
+
+
 def _swap_file(path: Path, data: bytes, expected: str | None) -> str | None:
     # Written before the check: a folder that it has itself changed is looked up anew by an NFS client.
     with _locked(path), _written_beside(path, data) as temporary:
@@ -445,9 +451,10 @@ def _version_in(found: Versioned | None) -> str | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock beside ``path``; it ends with this process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path.parent / f"{_LOCK}{path.name}", os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold the lock of ``path``; it ends with this process."""
+    lock = _lock_of(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _wait_for_lock(descriptor, path)
         yield
@@ -477,7 +484,7 @@ def _lock_never_free(path: Path) -> StoreError:
         describe(
             "another process does not let go of this object",
             where=str(path),
-            expected=f"the lock {_LOCK}{path.name} within {_LOCK_SECONDS:g} s",
+            expected=f"the lock {_lock_of(path)} within {_LOCK_SECONDS:g} s",
             actual="still locked",
             fix="end the process that holds it (lsof names it); perhaps it was stopped",
         )

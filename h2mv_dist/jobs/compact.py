@@ -357,7 +357,7 @@ def _roll_back(plan: CompactPlan, options: StorageOptions) -> None:
     first = plan.layout.period.first + plan.layout.shard_days
     stop = max(min(there.period.stop, *new), as_date(first))
     shorter = replace(there, period=Period(there.period.start, stop), rollbacks=plan.rollbacks)
-    publish(plan.target, plan.layout, shorter, options)
+    publish(plan.target, plan.layout, shorter, options, before=there)
 
 
 def _everything(layout: CubeLayout) -> dict[Tile, tuple[Period, ...]]:

@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any, Final
 
 from dask.utils import format_bytes
@@ -28,6 +28,7 @@ from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
+from h2mv_dist.jobs.run_record import RunRecord, run_url
 from h2mv_dist.jobs.versions import require_same_versions
 
 FINISH_UNIT: Final = "finish"
@@ -58,7 +59,7 @@ def start_inference(
     require_cube_disk(planned, missing, cube)
     warn_of_split_chunks(planned)
     if planned.before is not None:
-        require_idle(client, cube)
+        _require_an_end(cube, name, options)
         roll_back(planned, cube, options)
     create_cube(cube, planned.layout, options, settings.inference.overwrite)
     constants_done = not planned.layout.constants or planned.progress is None or planned.progress.constants
@@ -130,16 +131,39 @@ def neighbourhood(planned: CubePlan, tile: Tile) -> str:
     return ",".join(str(a // c) for a, c in zip(tile.start, planned.source.chunk_shape, strict=True))
 
 
+def _require_an_end(cube: str, name: str, options: StorageOptions) -> None:
+    """Refuse a cube whose last job has no end in its record: it may still run, under any scheduler.
+
+    Raises:
+        JobError: it has none.
+        StoreError: the record cannot be read.
+    """
+    last = RunRecord.read(name, cube, options)
+    if last is not None and last.state == "running":
+        began = datetime.fromtimestamp(last.submitted, UTC)
+        raise JobError(
+            describe(
+                "another run may be filling the cube, which cannot be rolled back meanwhile",
+                where=displayed(cube),
+                expected="no run under way, or one whose end is recorded",
+                actual=f"one submitted {began:%Y-%m-%d %H:%M} UTC to {last.scheduler}, with no end recorded",
+                fix=f"wait for it, or stop it (h2mv-dist jobs cancel, --address {last.scheduler}); if its "
+                f"scheduler and workers are gone, delete {displayed(run_url(name, cube))}, and try again",
+            )
+        )
+
+
 def roll_back(planned: CubePlan, cube: str, options: StorageOptions) -> None:
     """Make a cube end where the plan begins; what lies behind counts as not computed from then on.
 
     Raises:
+        JobError: another run has changed meanwhile how far the cube is.
         StoreError: the plan is for another cube, or the store fails.
     """
     assert planned.progress is not None
     require_cube(cube, planned.layout, options)
     shorter = replace(planned.progress, until=planned.layout.period.stop)
-    publish(cube, planned.layout, shorter, options)
+    publish(cube, planned.layout, shorter, options, before=planned.before)
 
 
 def forget_damage(cube: str, check: CubeCheck, options: StorageOptions) -> None:
@@ -151,7 +175,7 @@ def forget_damage(cube: str, check: CubeCheck, options: StorageOptions) -> None:
     layout, progress = read_cube(cube, options)
     Ledger(cube, options, progress.rollbacks).forget(check.damaged)
     if check.constants:
-        publish(cube, layout, replace(progress, constants=""), options)
+        publish(cube, layout, replace(progress, constants=""), options, before=progress)
 
 
 def recorded_job(cube: str, options: StorageOptions) -> tuple[dict[str, Any], str]:

@@ -19,7 +19,7 @@ from h2mv_dist.config import StorageOptions, canonical_json
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import Progress
 from h2mv_dist.io.cube_check import require_receipts
-from h2mv_dist.io.cube_store import publish_further
+from h2mv_dist.io.cube_store import publish_further, still_as_planned
 from h2mv_dist.io.ledger import Ledger, Receipt, gaps
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
@@ -41,6 +41,14 @@ class TileContext:
     cube: Sink
     ledger: Ledger
     snapshots: Snapshots
+
+    def require_current(self) -> None:
+        """Write nothing, and sign nothing, for a cube that was rolled back since it was planned with.
+
+        Raises:
+            JobError: it was.
+        """
+        still_as_planned(self.ledger.url, self.ledger.rollbacks, self.ledger.options)
 
 
 _contexts: dict[str, TileContext] = {}
@@ -202,8 +210,6 @@ class _Stretch:
     def write(self, block: Period, batch: Batch, values: Values) -> None:
         """Hand over a block; returns once the one before is written."""
         self._wait()
-        if block.start == self.context.plan.layout.period.start:
-            self.static = self.context.cube.write_static(self.tile, values.static) if values.static else ""
         self.writing = self.writer.submit(self._written, block, values)
         self.forcing.update(batch.forcing.numpy().tobytes())
         self.missing += values.n_missing()
@@ -212,6 +218,7 @@ class _Stretch:
     def finish(self, carried: Carried) -> None:
         """Keep the states, then put the receipt."""
         self._wait()
+        self.context.require_current()
         layout, tile = self.context.plan.layout, self.tile.name
         if _is_whole(layout.period, carried.day, layout.shard_days):
             self.context.snapshots.save(tile, carried.day, carried.arrays(self.context.plan.spec.state))
@@ -228,9 +235,14 @@ class _Stretch:
         self.context.ledger.record(tile, Period(self.start, carried.day), receipt)
 
     def _written(self, block: Period, values: Values) -> str:
-        for month, means in values.months.items() if self.context.plan.layout.monthly else ():
-            self.months.append(self.context.cube.write_month(self.tile, month, means))
-        return self.context.cube.write(self.tile, block, values.daily)
+        # again for each block: a run that was rolled back may have been at this tile for hours
+        self.context.require_current()
+        cube, layout = self.context.cube, self.context.plan.layout
+        if block.start == layout.period.start and values.static:
+            self.static = cube.write_static(self.tile, values.static)
+        for month, means in values.months.items() if layout.monthly else ():
+            self.months.append(cube.write_month(self.tile, month, means))
+        return cube.write(self.tile, block, values.daily)
 
     def look_after(self) -> None:
         """Raise what has become of the block before, if its writing has ended."""

@@ -1,6 +1,7 @@
 """Creating, resuming and replacing a cube; what is not one is never touched."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,13 +15,14 @@ from zarr.core.buffer import Buffer
 from zarr.storage import WrapperStore
 
 from h2mv_dist.config import StorageOptions
-from h2mv_dist.errors import StoreError
+from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.grid import Grid, Period
+from h2mv_dist.io import cube_store
 from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress
-from h2mv_dist.io.cube_store import create_cube, publish, read_cube
+from h2mv_dist.io.cube_store import create_cube, publish, publish_further, read_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.sink import Sink
-from h2mv_dist.io.stores import delete_tree, join, open_store, put_object
+from h2mv_dist.io.stores import delete_tree, join, open_store, put_object, swap_object
 from h2mv_dist.spec import Float32Array
 from tests.io.cubes import DAILY, PERIOD, Case, CubePlace, fill, map_grid, map_layout, receipt, truth
 
@@ -205,6 +207,53 @@ def test_an_interrupted_replacement_is_completed(
     assert on_disk.hashes() == whole.hashes()
 
 
+def test_creating_again_deletes_nothing(on_disk: CubePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root of another run is there, but not all arrays; it has finished when this one has, too."""
+    layout = map_layout()
+    done: list[str] = []
+
+    def interrupted(*_: Any) -> None:
+        raise KilledError
+
+    def overtaken(*given: Any) -> None:
+        if not done:
+            done.append("by the other run")
+            fill(on_disk, layout)
+        write_arrays(*given)
+
+    write_arrays = cube_store._write_arrays
+    with monkeypatch.context() as patch:
+        patch.setattr(cube_store, "_write_arrays", interrupted)
+        with pytest.raises(KilledError):
+            create_cube(on_disk.url, layout, on_disk.options, overwrite=False)
+    monkeypatch.setattr(cube_store, "_write_arrays", overtaken)
+    create_cube(on_disk.url, layout, on_disk.options, overwrite=False)
+    assert read_cube(on_disk.url, on_disk.options).progress.complete
+    with on_disk.open() as cube:
+        np.testing.assert_array_equal(cube["runoff"].values, truth_of(layout, "runoff"))
+
+
+@pytest.mark.parametrize("theirs", [map_layout(), map_layout(daily=DAILY[:2])], ids=["same", "another"])
+def test_of_two_creations_at_once_one_joins_or_is_refused(
+    on_disk: CubePlace, monkeypatch: pytest.MonkeyPatch, theirs: CubeLayout
+) -> None:
+    refuse = cube_store._refuse_orphaned_receipts
+
+    def overtaken(*given: Any) -> None:
+        """Both have found nothing."""
+        refuse(*given)
+        monkeypatch.setattr(cube_store, "_refuse_orphaned_receipts", refuse)
+        fill(on_disk, theirs)
+
+    monkeypatch.setattr(cube_store, "_refuse_orphaned_receipts", overtaken)
+    if theirs.daily == DAILY:
+        create_cube(on_disk.url, map_layout(), on_disk.options, overwrite=False)
+    else:
+        with pytest.raises(StoreError, match=r"nothing was touched(.|\n)*layout\.daily"):
+            create_cube(on_disk.url, map_layout(), on_disk.options, overwrite=False)
+    assert read_cube(on_disk.url, on_disk.options).progress.complete
+
+
 def test_nothing_can_be_written_where_no_cube_is(cube_place: CubePlace) -> None:
     with pytest.raises(StoreError, match="no complete cube"):
         Sink.open(cube_place.url, map_layout(), cube_place.options)
@@ -228,6 +277,86 @@ def test_a_longer_cube_is_seen_with_the_root_and_not_before(case: Case) -> None:
     after = place.hashes()
     changed = {name for name in after if after[name] != before.get(name)}
     assert {name.rpartition("/")[2] for name in changed} == {"zarr.json"}, "no data were written again"
+
+
+def test_time_goes_on_beyond_what_was_stored_at_first(
+    new_cube_place: Callable[[], CubePlace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten days and no whole month at first; the end moves there and back, and further."""
+    monkeypatch.setattr("h2mv_dist.io.cube.HORIZON_DAYS", 8)
+    monkeypatch.setattr("h2mv_dist.io.cube.HORIZON_MONTHS", 1)
+    place, layout = new_cube_place(), map_layout(monthly=("runoff",))
+    fill(place, layout)
+    for stop in (date(2000, 4, 2), PERIOD.stop, date(2000, 5, 14)):
+        before = place.hashes()
+        period = Period(PERIOD.start, stop)
+        publish(place.url, replace(layout, period=period), Progress(period, True), place.options)
+        after = place.hashes()
+        assert {name for name in before if after[name] != before[name]} <= {
+            name for name in after if name.endswith("zarr.json")
+        }
+        with place.open() as cube:
+            days = np.arange(np.datetime64(PERIOD.start), np.datetime64(stop)).astype("datetime64[ns]")
+            np.testing.assert_array_equal(cube["time"].values, days)
+            np.testing.assert_array_equal(cube["time_bnds"].values[:, 0], days)
+            months = [str(month.start) for month in period.months()]
+            assert [str(month)[:10] for month in cube["month"].values] == months
+
+
+def shown(place: CubePlace, layout: CubeLayout, stop: date, *rollbacks: date) -> None:
+    """Show readers the days until ``stop``."""
+    period = Period(PERIOD.start, stop)
+    progress = Progress(period, True, rollbacks)
+    publish(place.url, replace(layout, period=period), progress, place.options)
+
+
+@pytest.mark.parametrize("rolled_back", [True, False])
+def test_what_another_run_shows_at_the_same_moment_stays(
+    cube_place: CubePlace, monkeypatch: pytest.MonkeyPatch, rolled_back: bool
+) -> None:
+    layout, longer = map_layout(), Period(PERIOD.start, date(2000, 3, 14))
+    theirs = date(2000, 3, 2) if rolled_back else date(2000, 3, 18)
+    rollbacks = (theirs,) if rolled_back else ()
+    fill(cube_place, layout)
+
+    def overtaken(*given: Any) -> str | None:
+        monkeypatch.setattr(cube_store, "swap_object", swap_object)
+        shown(cube_place, layout, theirs, *rollbacks)
+        return swap_object(*given)
+
+    monkeypatch.setattr(cube_store, "swap_object", overtaken)
+    ours = replace(layout, period=longer)
+    lost = pytest.raises(JobError, match="rolled back while it was worked on")
+    with lost if rolled_back else nullcontext():
+        publish_further(cube_place.url, ours, Progress(longer, True), cube_place.options)
+    assert read_cube(cube_place.url, cube_place.options).progress.period.stop == theirs
+    store = open_store(cube_place.url, cube_place.options, read_only=True)
+    assert zarr.open_array(store, path="time").shape == ((theirs - PERIOD.start).days,)
+
+
+def test_a_cube_that_changed_meanwhile_is_not_rolled_back(on_disk: CubePlace) -> None:
+    layout = map_layout()
+    fill(on_disk, layout)
+    before = read_cube(on_disk.url, on_disk.options).progress
+    shown(on_disk, layout, date(2000, 3, 14))
+    shorter = replace(before, period=Period(PERIOD.start, date(2000, 3, 2)), rollbacks=(date(2000, 3, 2),))
+    with pytest.raises(JobError, match="another run has changed"):
+        publish(on_disk.url, layout, shorter, on_disk.options, before=before)
+    assert read_cube(on_disk.url, on_disk.options).progress.period.stop == date(2000, 3, 14)
+
+
+def test_no_lock_is_taken_for_a_member(on_disk: CubePlace) -> None:
+    fill(on_disk, map_layout())
+    group = zarr.open_group(on_disk.url, mode="r", use_consolidated=False)
+    assert "runoff" in sorted(group), "warnings are errors"
+
+
+@pytest.mark.parametrize("until", [None, PERIOD.stop])
+def test_how_far_a_cube_is_can_be_read_back(until: date | None) -> None:
+    progress = Progress(PERIOD, True, (PERIOD.start,), "c", until)
+    attributes = progress.attributes()
+    assert Progress.of(attributes) == progress
+    assert ("h2mv_dist_until" in attributes) == (until is not None), "what cubes made before do not have"
 
 
 def truth_of(layout: CubeLayout, name: str) -> Float32Array:

@@ -243,6 +243,42 @@ def test_a_copy_follows_a_rollback(client: Client, cube: Path, target: Path) -> 
     assert objects(target.parent) == before
 
 
+def test_a_copy_that_was_rolled_back_is_not_written_by_an_older_run(
+    client: Client, cube: Path, target: Path
+) -> None:
+    """The older run has read the cube as it was, and is about to write."""
+    run(client, cube, target, **CUT)
+    roll_back(cube, 20)
+    run(client, cube, target)
+    fill(cube, layout_of(36), first=20, weather=1)
+    plan = plan_compact(str(cube), str(target), NO_OPTIONS)
+    stale = opened(plan)
+    roll_back(cube, 20)
+    run(client, cube, target)
+    before = objects(target.parent)
+    with pytest.raises(JobError, match="rolled back while it was worked on"):
+        copy_first_shards(stale, plan)
+    assert objects(target.parent) == before
+
+
+def test_time_of_a_copy_goes_on_beyond_what_was_stored_at_first(
+    cube: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("h2mv_dist.io.cube.HORIZON_DAYS", 8)
+    for days in (16, 36):
+        if days == 16:
+            roll_back(cube, 20)
+        else:
+            fill(cube, layout_of(36), first=20)
+        plan = plan_compact(str(cube), str(target), NO_OPTIONS, **CUT)
+        copy = opened(plan)
+        for tile, blocks in plan.missing.items():
+            for block in blocks:
+                copy.copy(tile, block)
+        compact.finish_copy(compact.CompactContext(copy, plan.source.progress.rollbacks))
+        require_copy(cube, target, plan.layout.period.n_days)
+
+
 def test_a_rollback_before_the_first_days_are_shown(client: Client, cube: Path, target: Path) -> None:
     plan = plan_compact(str(cube), str(target), NO_OPTIONS, **CUT)
     copy_first_shards(opened(plan), plan)

@@ -19,16 +19,18 @@ from distributed import Client
 from h2mv_dist import cli
 from h2mv_dist.config import DataSettings, Settings, revise
 from h2mv_dist.errors import ConfigError, DataError, JobError, NothingNewError, StoreError
-from h2mv_dist.grid import Period
+from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import INPUT_VALUES, Progress
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.cube_store import create_cube, publish, read_cube
-from h2mv_dist.io.ledger import Ledger
+from h2mv_dist.io.ledger import Ledger, ledger_url
+from h2mv_dist.io.sink import Sink, StoredValues
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.jobs import inference
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage, submit_inference
+from h2mv_dist.jobs.run_record import RunRecord, run_url
 from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
 from h2mv_dist.jobs.training import plan_training
 from h2mv_dist.model.h2mv import SPEC
@@ -526,6 +528,51 @@ def test_a_run_does_not_undo_a_rollback_of_another(world_url: str, cache: Path, 
     assert read_cube(str(cube), NO_OPTIONS).progress == shown
 
 
+@pytest.mark.parametrize("end", [12, 13], ids=["before the receipt", "before the next shards"])
+def test_a_run_stops_where_another_has_rolled_the_cube_back(
+    world_url: str, cache: Path, job: str, cube: Path, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    """As two commands do that each have a cluster of their own: one is in the middle of a tile."""
+    settings = until(end, world_url, cache)
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
+    run = open_context(planned, str(cube), NO_OPTIONS)
+    first, second = planned.layout.tiles
+    receipts, write, written = objects(Path(ledger_url(str(cube)))), Sink.write, list[date]()
+
+    def overtaken(sink: Sink, tile: Tile, period: Period, values: Mapping[str, Any]) -> str:
+        roll_back(settings, job, cube, date(2001, 1, 11))
+        written.append(period.start)
+        return write(sink, tile, period, values)
+
+    monkeypatch.setattr(Sink, "write", overtaken)
+    with pytest.raises(JobError, match="rolled back while it was worked on"):
+        compute_tile(run, first)
+    assert written == [date(2001, 1, 11)]
+    with pytest.raises(JobError, match="rolled back while it was worked on"):
+        compute_tile(run, second)
+    assert written == [date(2001, 1, 11)]
+    assert objects(Path(ledger_url(str(cube)))) == receipts
+
+
+def test_a_cube_is_not_rolled_back_under_a_run_of_another_scheduler(
+    client: Client, world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    done = RunRecord.read("infer", str(cube), NO_OPTIONS)
+    assert done is not None
+    assert done.state == "done"
+    lost = replace(done, state="running", scheduler="tcp://elsewhere:1", place=str(cube))
+    lost.write(NO_OPTIONS)
+    before, settings = objects(cube.parent), until(13, world_url, cache)
+    with pytest.raises(
+        JobError, match=r"another run may be(.|\n)*tcp://elsewhere:1(.|\n)*delete .*run\.json"
+    ):
+        infer(client, settings, job, cube, since=date(2001, 1, 11))
+    assert objects(cube.parent) == before
+    Path(run_url("infer-1", str(cube))).unlink()
+    infer(client, settings, job, cube, since=date(2001, 1, 11))
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+
+
 def test_a_run_does_not_shorten_what_another_has_appended(
     world_url: str, cache: Path, job: str, cube: Path
 ) -> None:
@@ -654,6 +701,30 @@ def test_stretches_end_where_states_are_kept(
         return Period(FIRST.replace(day=first + 1), FIRST.replace(day=stop + 1))
 
     assert list(stretches(planned, days(*gap))) == [days(*part) for part in expected]
+
+
+def test_a_budget_that_does_not_close_fails(
+    client: Client, cube: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred mm of runoff that nobody computed, with a receipt that says they were."""
+    layout, _ = read_cube(str(cube), NO_OPTIONS)
+    (tile, *_), (day, *_) = layout.tiles, list(layout.period.blocks(1))[3:]
+    boxes = list(StoredValues.open(str(cube), layout, NO_OPTIONS).read(tile=tile, period=day))
+    boxes[layout.daily.index("runoff")] += 100
+    written = Sink.open(str(cube), layout, NO_OPTIONS).write_stored(boxes, tile=tile, period=day)
+    ledger = Ledger(str(cube), NO_OPTIONS)
+    (one,) = ledger.covered()[tile.name]
+    (receipt,) = ledger.receipts([one])
+    blocks = (*receipt.blocks[:3], written, *receipt.blocks[4:])
+    ledger.record(tile.name, one.period, replace(receipt, blocks=blocks))
+    address = client.scheduler_info()["address"]
+    monkeypatch.setattr("sys.argv", ["h2mv-dist", "verify-cube", str(cube), "--address", address])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "2 receipts agree" in said
+    assert f"{tile.name} {one.period}: the water budget does not close" in said
 
 
 def test_the_command_line_for_a_timer(
