@@ -232,8 +232,9 @@ def publish(
         _put_changed(url, documents, shown, options)
     new = _root({**root_attributes(layout), **progress.attributes()}, shown)
     if swap_object(_document(url, ""), new, root.version, options) is None:
-        now = _shown(url, options).progress.period
-        _put_changed(url, shown, {name: _lasting(one, now) for name, one in shown.items()}, options)
+        if longer:
+            now = _shown(url, options).progress.period
+            _put_changed(url, shown, {name: _lasting(one, now) for name, one in shown.items()}, options)
         raise _changed_meanwhile(url)
     if not longer:
         _put_changed(url, documents, shown, options)
