@@ -25,6 +25,7 @@ from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import get_object, join, list_objects
 from h2mv_dist.jobs.handle import JobHandle, running
 from h2mv_dist.jobs.inference import submit_inference
+from h2mv_dist.jobs.messages import job_id
 from h2mv_dist.jobs.training import submit_training
 from tests.conftest import ProxiedS3, S3Server, free_port, storage_options
 from tests.fault_proxy import FaultProxy
