@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from h2mv_dist.errors import StoreError
-from h2mv_dist.io.cube import Progress
+from h2mv_dist.io.cube import KEPT_BITS, Progress
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.cube_store import publish
 from h2mv_dist.io.ledger import Covered, Ledger, ledger_url
@@ -109,7 +109,7 @@ def test_a_budget_closes_within_what_storing_explains(
     on_disk: CubePlace, rounded: tuple[str, ...], off: float
 ) -> None:
     """Snow of metres, from millimetres of what the budget counts as runoff; one day is ``off`` by some mm."""
-    layout = map_layout(members=(5,), tile=(8, 12), rounded=rounded)
+    layout = map_layout(members=(5,), tile=(8, 12), rounded=dict.fromkeys(rounded, KEPT_BITS))
     fill_with_receipts(on_disk, layout)
     (tile,) = layout.tiles
     shape = (layout.period.n_days, int(layout.grid.mask.sum()))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from distributed import Client
 
 from h2mv_dist.jobs.cluster import scheduler_address
@@ -45,7 +46,7 @@ def test_records_are_listed_shown_and_read_without_a_cluster(job: str) -> None:
 def test_records_are_read_where_the_scheduler_is_gone(job: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(f'[cluster]\nscheduler_file = "{tmp_path}/gone.json"\n')
-    for words in (["show", job], ["list", job], ["logs", job], ["watch", job]):
+    for words in (["list", job], ["logs", job]):
         done = run("jobs", *words, "--settings", str(file))
         assert done.returncode == 0, done.stderr
         assert "gone.json" in done.stderr, "it is said"
@@ -66,6 +67,7 @@ def test_a_scheduler_is_asked_by_id(client: Client, job: str) -> None:
     assert len(info["workers"]) == 4
 
 
+@pytest.mark.slow
 def test_a_cluster_is_stopped_by_another_process(tmp_path: Path) -> None:
     file, log = tmp_path / "scheduler.json", tmp_path / "log"
     command = ("cluster", "start", "--workers", "1", "--scheduler-file", str(file))

@@ -157,7 +157,7 @@ def test_a_copy_holds_the_same_and_grows_with_the_cube(client: Client, cube: Pat
 @pytest.mark.parametrize(
     "changes",
     [
-        {"members_as": "both", "rounded": ("runoff",)},
+        {"members_as": "both", "rounded": {"runoff": 12}},
         {"members": (5,), "static": (), "constants": ()},
         {"grid": basin_grid(), "chunk": (1,), "shard": (2,), "tile": (4,), "members_as": "all"},
     ],

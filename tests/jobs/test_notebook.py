@@ -78,6 +78,7 @@ def test_logs_are_those_of_each_rank(trained: Job) -> None:
     assert len(trained.logs("fold-01", rank=1)) == 1
 
 
+@pytest.mark.slow
 def test_any_cluster_of_dask_will_do(world_url: str, cache: Path, tmp_path: Path) -> None:
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
         assert scheduler_address(hd.connect(cluster)) == cluster.scheduler_address

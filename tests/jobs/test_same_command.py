@@ -91,7 +91,7 @@ def test_what_would_change_the_cube_is_refused(
 ) -> None:
     settings = settings_file(tmp_path, small_settings(world_url, cache, inference=CUBE))
     before, log = contents(cube.parent), tmp_path / "log"
-    command = ("infer", settings, "--job", job, "--cube", str(cube), "--from", "2001-06-01")
+    command = ("infer", settings, "--job", job, "--cube", str(cube), "--from", "2001-12-31")
     with (
         running(client, "infer", cube),
         process(log, "h2mv_dist.cli", *command, "--address", scheduler_address(client)) as refused,

@@ -57,6 +57,7 @@ def test_folds_train_side_by_side_on_whole_gangs(
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
 
 
+@pytest.mark.slow
 def test_steps_cost_no_messages_and_no_tasks(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:

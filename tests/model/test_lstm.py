@@ -186,6 +186,7 @@ def test_without_a_compiler_that_can_there_is_a_warning_and_no_operator(
     lstm._obstacle.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_processors(capability: str) -> None:
     """All of this file once more, with instructions that older processors have too."""

@@ -32,6 +32,7 @@ def listeners() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_gang_listens_on_the_interface_of_its_workers(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
