@@ -170,13 +170,14 @@ def _compiled(block: DayBlock) -> DayBlock:
 
 
 def padded(tensor: Tensor, width: int) -> Tensor:
-    """The last cell again and again, up to ``width`` cells; contiguous.
+    """A contiguous copy, with the last cell again and again up to ``width`` cells.
 
-    Zeros would not do: where a law divides by them, NaN finds its way into the weights' gradient.
+    Zeros would not do: where a law divides by them, NaN finds its way into the weights' gradient. Nor would
+    memory of NumPy's: it may begin anywhere, and on that depends how products round.
     """
     *others, n_cells = tensor.shape
     if n_cells == width:
-        return tensor.contiguous()
+        return tensor.clone(memory_format=torch.contiguous_format)
     return torch.cat([tensor, tensor[..., -1:].expand(*others, width - n_cells)], dim=-1)
 
 

@@ -52,12 +52,17 @@ def test_two_jobs_at_once(
     assert_workers_held_one_rank_at_a_time(run for each in runs.values() for run in each)
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("900MiB", "a step does not fit into memory"), ("500MiB", "needs more memory than its worker may use")],
+    ids=["seen before", "seen when it happens"],
+)
 def test_a_rank_that_needs_too_much_memory_fails_its_fold_only(
-    own: DaskProcesses, new_settings: NewSettings, folder: JobFolder
+    limit: str, message: str, own: DaskProcesses, new_settings: NewSettings, folder: JobFolder
 ) -> None:
-    """The second gang gets workers that may not use as much as a step needs."""
+    """The second gang gets workers that may not use as much as a step needs, or a rank before it steps."""
     for name in ("x0", "x1"):
-        own.start_worker(name, "--memory-limit", "900MiB")
+        own.start_worker(name, "--memory-limit", limit)
     own.wait_for_workers(4)
     settings = new_settings(
         folds=[0, 1],
@@ -68,7 +73,7 @@ def test_a_rank_that_needs_too_much_memory_fails_its_fold_only(
     )
     with own.client() as client:
         job = submit_training(client, settings, folder.url, NO_OPTIONS)
-        with pytest.raises(JobError, match="a rank needs more memory than its worker may use") as failed:
+        with pytest.raises(JobError, match=message) as failed:
             job.wait()
     assert "fold-01 (attempt 1)" in str(failed.value), "another attempt would have been in vain"
     assert "cluster.memory_limit" in str(failed.value)
