@@ -33,6 +33,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Dask's profiler and clock look at idle workers a hundred times a second, and tests keep a dozen of them
+test test-all faults: export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED := False
+test test-all faults: export DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL := 500ms
+
 test: lint
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
