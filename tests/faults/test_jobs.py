@@ -54,7 +54,7 @@ def test_two_jobs_at_once(
 
 @pytest.mark.parametrize(
     ("limit", "message"),
-    [("900MiB", "a step does not fit into memory"), ("500MiB", "needs more memory than its worker may use")],
+    [("900MiB", "a step does not fit into memory"), ("430MiB", "needs more memory than its worker may use")],
     ids=["seen before", "seen when it happens"],
 )
 def test_a_rank_that_needs_too_much_memory_fails_its_fold_only(
