@@ -40,9 +40,9 @@ from h2mv_dist.io.sink import ARRAYS_AT_ONCE, Sink, StoredValues
 from h2mv_dist.io.stores import displayed, public, resolved
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
-from h2mv_dist.jobs.messages import Job, Unit, job_id
+from h2mv_dist.jobs.messages import Job, Message, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
-from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.jobs.tasks import report
 from h2mv_dist.jobs.versions import require_same_versions
 
 SHARD_DAYS: Final = 360

@@ -24,7 +24,7 @@ from tornado.ioloop import PeriodicCallback
 
 from h2mv_dist.jobs import page, prometheus, tasks
 from h2mv_dist.jobs.lease import Health, Seat, choose_seats, choose_unit
-from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Unit
+from h2mv_dist.jobs.messages import Failure, FailureKind, Job, Message, Place, Unit
 from h2mv_dist.jobs.preemption import NannyPreemption, Preemption
 
 PLUGIN_NAME: Final = "h2mv-coordinator"
@@ -299,7 +299,7 @@ class Coordinator(SchedulerPlugin):
     async def _written_end(self, job: Job) -> None:
         record = {"scheduler": self.scheduler.address, **job.ending()}
         content = {"job": job.id, "unit": "record", "record": record}
-        message = tasks.Message({**content, "storage_options": job.common["storage_options"]})
+        message = Message({**content, "storage_options": job.common["storage_options"]})
         if problem := await self.client.submit(tasks.record_end, message, pure=False, retries=0):
             _log.warning("the end of %s was not recorded: %s", job.id, problem)
 
@@ -356,8 +356,8 @@ class Coordinator(SchedulerPlugin):
         rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
         history = {"before": unit.error, "quarantined": dict(self.health.quarantined)}
         for rank, seat in enumerate(gang.seats):
-            place = tasks.Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
-            message = tasks.Message(job.task_message(unit))
+            place = Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
+            message = Message(job.task_message(unit))
             key = f"{gang.name}/{rank}"
             futures.append(self.client.submit(tasks.run_unit, message, place, key=key, **_pinned(seat)))
         outcomes = await _outcomes(futures, gang.told)

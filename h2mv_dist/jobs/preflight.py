@@ -29,8 +29,7 @@ from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
 from h2mv_dist.jobs.code_path import COMPILED, EAGER
 from h2mv_dist.jobs.memory import own_bytes
-from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.tasks import Place, RankError, failure_of
+from h2mv_dist.jobs.messages import Failure, Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
 from h2mv_dist.model.days import no_compiler_because
 

@@ -24,9 +24,9 @@ from h2mv_dist.io.prepared import FINISH, PreparedLayout, PreparedStore
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
-from h2mv_dist.jobs.messages import Job, Unit, job_id
+from h2mv_dist.jobs.messages import Job, Message, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
-from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.jobs.tasks import report
 from h2mv_dist.jobs.versions import require_same_versions
 from h2mv_dist.spec import Float32Array
 

@@ -16,8 +16,7 @@ from typing import Any, Final
 
 from h2mv_dist.errors import H2mvError, JobError, describe
 from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
-from h2mv_dist.jobs.messages import Failure
-from h2mv_dist.jobs.tasks import Place, RankError, Share, failure_of
+from h2mv_dist.jobs.messages import Failure, Place, RankError, Share, failure_of
 
 ORPHANED: Final = 98
 FAILED: Final = 1

@@ -11,8 +11,8 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import H2mvError, JobError, describe
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import workers_of
+from h2mv_dist.jobs.messages import Message
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.tasks import Message
 
 ANSWER_SECONDS: Final = 60.0
 """How long a worker may take to read the token."""

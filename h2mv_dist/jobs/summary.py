@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.io import stores
+from h2mv_dist.jobs.messages import Message
 from h2mv_dist.jobs.records import FoldRecord, JobFolder
 from h2mv_dist.jobs.sweep import variants
-from h2mv_dist.jobs.tasks import Message
 
 FILE: Final = "summary.csv"
 

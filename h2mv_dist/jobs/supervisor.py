@@ -27,19 +27,10 @@ from distributed import get_worker
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.jobs.memory import own_bytes
-from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.messages import Failure, Message, Place, RankError, Share, failure_of
 from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
-from h2mv_dist.jobs.tasks import (
-    Message,
-    Place,
-    RankError,
-    Share,
-    close_rendezvous,
-    failure_of,
-    report,
-    worker_host,
-)
+from h2mv_dist.jobs.tasks import close_rendezvous, report, worker_host
 
 POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0

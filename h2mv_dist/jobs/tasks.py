@@ -2,81 +2,21 @@
 
 import errno
 import socket
-import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
 
 from distributed import get_worker
 from distributed.utils import parse_ports
 
-from h2mv_dist.errors import H2mvError, JobError, StoreError, describe
-from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.errors import JobError, describe
+from h2mv_dist.jobs.messages import Message, Place, failure_of
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 TOPIC: Final = "h2mv"
 """Dask topic of all reports."""
-
-
-class Message(Mapping[str, Any]):
-    """Arguments of a task; never shown, because Dask logs the arguments of failed tasks."""
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self._content = dict(content)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def __repr__(self) -> str:
-        return f"Message(job={self['job']!r}, unit={self['unit']!r})"
-
-
-class Share(NamedTuple):
-    """What a rank gets of its worker.
-
-    Attributes:
-        nthreads: used on a CPU unless ``training.threads`` says otherwise, or fewer are as fast.
-        memory: bytes that the worker's limit leaves; None without a limit.
-    """
-
-    nthreads: int
-    memory: int | None
-
-
-class Place(NamedTuple):
-    """Which rank of which gang a task is.
-
-    Attributes:
-        gang: unique name of the attempt.
-        rank: 0 ... world - 1.
-        world: number of ranks.
-        attempt: 1 for the first.
-        rendezvous: (host, port) where the ranks meet, if they do.
-        history: why the attempt before this one ended, and which slots are not used any more.
-    """
-
-    gang: str
-    rank: int
-    world: int
-    attempt: int
-    rendezvous: tuple[str, int] | None
-    history: Mapping[str, Any]
-
-
-class RankError(Exception):
-    """An attempt of a rank ended early."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure
 
 
 def run_unit(message: Message, place: Place) -> dict[str, Any]:
@@ -89,18 +29,6 @@ def run_unit(message: Message, place: Place) -> dict[str, Any]:
         return {"failure": None, "result": _result(message, place)}
     except Exception as error:
         return {"failure": failure_of(error), "result": None}
-
-
-def failure_of(error: BaseException) -> Failure:
-    """What an exception says of another attempt: our own checks would refuse again, a store may recover."""
-    if isinstance(error, RankError):
-        return error.failure
-    if isinstance(error, StoreError):
-        return Failure("full" if error.full else "busy", str(error))
-    if isinstance(error, H2mvError):
-        return Failure("refused", str(error))
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return Failure("full" if full else "failed", "".join(traceback.format_exception(error)))
 
 
 def _result(message: Message, place: Place) -> Any:

@@ -26,8 +26,9 @@ from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
 from h2mv_dist.jobs.memory import keep_freed_memory
+from h2mv_dist.jobs.messages import Message
 from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of, kept_outputs
-from h2mv_dist.jobs.tasks import Message, report
+from h2mv_dist.jobs.tasks import report
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
 

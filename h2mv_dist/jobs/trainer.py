@@ -33,11 +33,10 @@ from h2mv_dist.jobs.code_path import COMPILED, Way
 from h2mv_dist.jobs.decisions import Begun, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.memory import give_back_freed_memory
-from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.messages import Failure, Place, RankError, Share
 from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
 from h2mv_dist.jobs.probe import cell_days_a_second
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
-from h2mv_dist.jobs.tasks import Place, RankError, Share
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
 from h2mv_dist.model.networks import multiply_in

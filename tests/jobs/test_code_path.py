@@ -12,9 +12,9 @@ from h2mv_dist.errors import ConfigError, JobError
 from h2mv_dist.jobs import code_path
 from h2mv_dist.jobs.code_path import WORTH_CELL_DAYS, Way, chosen_path, compiles_here
 from h2mv_dist.jobs.decisions import Begun, Work, decided
+from h2mv_dist.jobs.messages import RankError
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.tasks import RankError
 from tests.jobs.conftest import NO_OPTIONS
 
 GIB = 2**30

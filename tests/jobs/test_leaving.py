@@ -15,9 +15,9 @@ from h2mv_dist.io.folds import fit_scaler, make_folds
 from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs import supervisor
 from h2mv_dist.jobs.code_path import Way
+from h2mv_dist.jobs.messages import RankError
 from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
-from h2mv_dist.jobs.tasks import RankError
 from h2mv_dist.jobs.trainer import FoldRun, Ranks
 from h2mv_dist.model.registry import chosen_targets, model_kind
 from tests.jobs.conftest import NO_OPTIONS, small_settings

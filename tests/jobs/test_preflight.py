@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.jobs import rank
-from h2mv_dist.jobs.messages import Failure
+from h2mv_dist.jobs.messages import Failure, Place, failure_of
 from h2mv_dist.jobs.preflight import agree
-from h2mv_dist.jobs.tasks import Place, failure_of
 
 GIB = 2**30
 

@@ -25,8 +25,8 @@ from h2mv_dist.io.prepared import FINISH, PreparedStore
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import delete_tree, list_objects
 from h2mv_dist.jobs import prepare as prepare_module
+from h2mv_dist.jobs.messages import Message
 from h2mv_dist.jobs.prepare import PreparePlan, plan_prepare, prepare_days, start_prepare
-from h2mv_dist.jobs.tasks import Message
 from h2mv_dist.model.h2mv import SPEC
 from tests.conftest import PLACES, Place, S3Server, new_place
 from tests.io.builders import (

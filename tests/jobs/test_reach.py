@@ -17,8 +17,8 @@ from distributed import Client
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs import reach, tasks, trainer, training
 from h2mv_dist.jobs.cluster import LOOPBACK, workers_of
+from h2mv_dist.jobs.messages import Place, RankError
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.tasks import Place, RankError
 from h2mv_dist.jobs.training import submit_training
 from tests.conftest import Place as StorePlace
 from tests.conftest import free_port

@@ -15,8 +15,8 @@ from h2mv_dist.io.stores import get_object, list_objects
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.inference import start_inference
-from h2mv_dist.jobs.messages import Job
-from h2mv_dist.jobs.tasks import TOPIC, Message
+from h2mv_dist.jobs.messages import Job, Message
+from h2mv_dist.jobs.tasks import TOPIC
 from h2mv_dist.jobs.training import plan_training, start_training
 from h2mv_dist.jobs.worlds import make_world
 from tests.jobs.conftest import small_settings
