@@ -61,7 +61,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, memory: str = "256MiB") -> Iterator[S3Server]:
+def running_server(folder: Path, memory: str = "1GiB") -> Iterator[S3Server]:
     """SeaweedFS on free ports of 127.0.0.1, stopped by its own process id; its files are in ``folder``.
 
     ``memory`` is what its garbage collector aims at.

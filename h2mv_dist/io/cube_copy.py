@@ -6,7 +6,7 @@ checksum of a chunk would tell.
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,21 +46,23 @@ class CubeCopy:
     target: Sink
     ledger: Ledger
 
-    def copy(self, tile: Tile, block: Period) -> None:
+    def copy(self, tile: Tile, block: Period, require_wanted: Callable[[], None] = lambda: None) -> None:
         """Copy a tile over one shard of days of the target, with the months that end in it; then the receipt.
 
-        In memory are one array that is read and those that are being written.
+        In memory are one array that is read and those that are being written. ``require_wanted`` raises what
+        ends the work early; it is called between reads.
 
         Raises:
             DamagedError: what is read is not what was written there.
-            JobError: the target was rolled back since it was planned with.
+            JobError: the target was replaced or rolled back since it was planned with.
             StoreError: a store fails, or the block is no shard of the target.
         """
         started, layout = time.monotonic(), self.target.layout
         self._require_current()
         written = self._written(tile, block)
         first = block.start == layout.period.start and layout.static
-        passing = _Passing(tuple(block.blocks(self.source.layout.shard_days)), layout.grid.mask[tile.slices])
+        stretches = tuple(block.blocks(self.source.layout.shard_days))
+        passing = _Passing(stretches, layout.grid.mask[tile.slices], require_wanted)
         static = self._same(written.static, "static variables", tile) if first else ""
         months = ended_months(layout.period, block) if layout.monthly else ()
         means = tuple(self._same(written.months.get(m, ""), f"means of {m}", tile, m) for m in months)
@@ -82,7 +84,7 @@ class CubeCopy:
         self.ledger.record(tile.name, block, receipt)
 
     def _require_current(self) -> None:
-        still_as_planned(self.ledger.url, self.ledger.rollbacks, self.ledger.options)
+        still_as_planned(self.ledger.url, self.target.layout, self.ledger.rollbacks, self.ledger.options)
 
     def copy_constants(self, progress: Progress) -> str:
         """Copy what belongs to no tile; returns its checksum.
@@ -112,6 +114,8 @@ class CubeCopy:
         covered = self.written.covered(tile.name).get(tile.name, ())
         chosen = [one for one in covered if one.period.common(block)]
         for one, receipt in zip(chosen, self.written.receipts(chosen), strict=True):
+            if receipt.fingerprint != layout.fingerprint:
+                continue  # of another cube that was here: as good as none
             months = ended_months(layout.period, one.period) if layout.monthly else ()
             found.blocks.update(zip(one.period.blocks(layout.shard_days), receipt.blocks, strict=True))
             found.months.update(zip(months, receipt.months, strict=True))
@@ -136,13 +140,16 @@ class CubeCopy:
 class _Passing:
     """Looks at daily values on their way: a checksum of each stretch of days, and what is missing on land."""
 
-    def __init__(self, stretches: Sequence[Period], land: BoolArray) -> None:
-        self.land, self.missing = land, 0
+    def __init__(
+        self, stretches: Sequence[Period], land: BoolArray, require_wanted: Callable[[], None]
+    ) -> None:
+        self.land, self.require_wanted, self.missing = land, require_wanted, 0
         self._digests = {days: hashlib.sha256() for days in stretches}
 
     def through(self, boxes: Iterable[Float32Array]) -> Iterator[Float32Array]:
         """The same boxes [(member,) time, *space]."""
         for box in boxes:
+            self.require_wanted()
             reached = 0
             for days, digest in self._digests.items():
                 where: Where = (..., slice(reached, reached + days.n_days), *[slice(None)] * self.land.ndim)

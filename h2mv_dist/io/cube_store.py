@@ -158,22 +158,34 @@ def read_cube(url: str, options: StorageOptions) -> Cube:
     return Cube(layout, Progress.of(found.attributes))
 
 
-def still_as_planned(url: str, rollbacks: tuple[date, ...], options: StorageOptions) -> Progress:
-    """How far a cube is by now, which nobody may have rolled back meanwhile; costs one read of its root.
+def still_as_planned(
+    url: str, layout: CubeLayout, rollbacks: tuple[date, ...], options: StorageOptions
+) -> Progress:
+    """How far a cube is by now, which nobody may have replaced or rolled back; costs one read of its root.
 
     Raises:
         JobError: somebody has.
         StoreError: there is no complete cube, or the store fails.
     """
-    progress = _shown(url, options).progress
-    if progress.rollbacks == rollbacks:
-        return progress
+    shown = _shown(url, options)
+    if different := differences(shown.attributes, layout):
+        raise JobError(
+            describe(
+                "the cube was replaced while it was worked on",
+                where=displayed(url),
+                expected="the cube as it was planned with",
+                actual="it differs in " + ", ".join(different),
+                fix="let one command at a time work on a cube; for both, give each a path of its own",
+            )
+        )
+    if shown.progress.rollbacks == rollbacks:
+        return shown.progress
     raise JobError(
         describe(
             "the cube was rolled back while it was worked on",
             where=displayed(url),
             expected=f"rollbacks to {', '.join(map(str, rollbacks)) or 'no day'}",
-            actual=f"rollbacks to {', '.join(map(str, progress.rollbacks)) or 'no day'}",
+            actual=f"rollbacks to {', '.join(map(str, shown.progress.rollbacks)) or 'no day'}",
             fix="let one command at a time work on a cube: wait for the other one, then start again; days "
             "without a receipt count as not done, and h2mv-dist verify-cube finds shards of the wrong run",
         )
@@ -184,11 +196,11 @@ def publish_further(url: str, layout: CubeLayout, progress: Progress, options: S
     """Show readers the days of ``progress``, unless another run has shown them, and more, meanwhile.
 
     Raises:
-        JobError: the cube was rolled back meanwhile.
+        JobError: the cube was replaced or rolled back meanwhile.
         StoreError: the store cannot be reached or written.
     """
     while True:
-        shown = still_as_planned(url, progress.rollbacks, options)
+        shown = still_as_planned(url, layout, progress.rollbacks, options)
         if shown.complete and shown.period.stop > progress.period.stop:
             return
         with suppress(ChangedError):
@@ -214,11 +226,11 @@ def publish(
         before: how far the cube is as far as the caller knows; left out, however far it is.
 
     Raises:
-        ChangedError: it is further, or less far, by now; nothing was changed.
+        ChangedError: it is further, or less far, or another cube, by now; nothing was changed.
         StoreError: the store cannot be reached or written.
     """
     root = _shown(url, options)
-    if before is not None and root.progress != before:
+    if before is not None and (root.progress != before or differences(root.attributes, layout)):
         raise _changed_meanwhile(url)
     layout = replace(layout, period=progress.period)
     names = [array.name for array in planned_arrays(layout)]
@@ -250,7 +262,7 @@ def _changed_meanwhile(url: str) -> ChangedError:
             "another run has changed how far the cube is",
             where=displayed(url),
             expected="the cube as it was planned with",
-            actual="one that was lengthened, rolled back or repaired meanwhile",
+            actual="one that was lengthened, rolled back, repaired or replaced meanwhile",
             fix="let one command at a time work on a cube, then start again",
         )
     )
@@ -260,6 +272,7 @@ class _Shown(NamedTuple):
     """What the root of a finished cube says, and the version it says so in."""
 
     progress: Progress
+    attributes: Mapping[str, str]
     version: str
 
 
@@ -269,7 +282,7 @@ def _shown(url: str, options: StorageOptions) -> _Shown:
     if root is None or found is None or not found.finished:
         raise _no_cube(url)
     try:
-        return _Shown(Progress.of(found.attributes), root.version)
+        return _Shown(Progress.of(found.attributes), found.attributes, root.version)
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise _damaged(url, error) from error
 

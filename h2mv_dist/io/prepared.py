@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -223,13 +223,20 @@ class PreparedStore:
         receipt = {"unit": unit, "checksum": checksum, "seconds": seconds}
         put_object(join(self._receipts, f"{unit}.json"), canonical_json(receipt).encode(), self.options)
 
-    def write(self, name: str, block: Period, values: Float32Array) -> str:
+    def write(
+        self,
+        name: str,
+        block: Period,
+        values: Float32Array,
+        require_wanted: Callable[[], None] = lambda: None,
+    ) -> str:
         """Write a forcing variable over one of the layout's blocks, and return the SHA-256 of its values.
 
         Args:
             name: the variable.
             block: its days.
             values: [day, *space].
+            require_wanted: raises what ends the work early; called before each row of shards.
 
         Raises:
             StoreError: the store cannot be written.
@@ -241,6 +248,7 @@ class PreparedStore:
             # its days may lie beyond those that readers are shown
             array = with_shape(stored, (self.layout.period.n_days, *values.shape[1:]))
             for row in range(0, values.shape[1], rows):
+                require_wanted()
                 array[first : first + block.n_days, row : row + rows] = values[:, row : row + rows]
         return hashlib.sha256(values.data).hexdigest()
 

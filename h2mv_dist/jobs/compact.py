@@ -42,7 +42,7 @@ from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Message, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
-from h2mv_dist.jobs.tasks import report
+from h2mv_dist.jobs.tasks import cancellation_check, report
 from h2mv_dist.jobs.versions import require_same_versions
 
 SHARD_DAYS: Final = 360
@@ -202,8 +202,9 @@ def run_compact_unit(message: Message) -> None:
         finish_copy(context)
     else:
         tile = Tile(tuple(message["start"]), tuple(message["stop"]))
+        require_wanted = cancellation_check()
         for block in _left(context.copy.ledger, tile, message["blocks"]):
-            context.copy.copy(tile, block)
+            context.copy.copy(tile, block, require_wanted)
     report(message, event="compacted", seconds=round(time.monotonic() - started, 3))
 
 
@@ -458,6 +459,8 @@ def _require_complete(source: Cube, cube: str) -> None:
 
 
 def _require_unchanged(cube: str, source: Cube, layout: CubeLayout, rollbacks: tuple[date, ...]) -> None:
+    if source.layout.fingerprint != layout.attributes[COMPACTED]:
+        raise _changed(cube, "another cube")
     if source.progress.rollbacks != rollbacks or not source.layout.period.contains(layout.period):
         raise _changed(cube, "one that was rolled back")
 

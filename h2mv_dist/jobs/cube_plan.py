@@ -211,10 +211,11 @@ def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
     settings = validate(message["settings"], where="job")
     options = StorageOptions(message["storage_options"])
     known, until = find_cube(message["cube"], options), Period.parse(message["period"])
+    planned = _plan(settings, message["training_folder"], options, known, until=until)
     if known:
         before = message["progress"]
-        still_as_planned(message["cube"], Progress.of(before).rollbacks if before else (), options)
-    planned = _plan(settings, message["training_folder"], options, known, until=until)
+        rollbacks = Progress.of(before).rollbacks if before else ()
+        still_as_planned(message["cube"], planned.layout, rollbacks, options)
     theirs, ours = message["provenance"], planned.layout.attributes
     changed = sorted(key for key in ours if theirs.get(key) != ours[key])
     if changed:

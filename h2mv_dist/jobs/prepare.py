@@ -7,7 +7,7 @@ other, and writes whole shards. The last unit adds what does not change with tim
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.handle import JobHandle, require_idle, submit
 from h2mv_dist.jobs.messages import Job, Message, Unit, job_id
 from h2mv_dist.jobs.room import require_disk
-from h2mv_dist.jobs.tasks import report
+from h2mv_dist.jobs.tasks import cancellation_check, report
 from h2mv_dist.jobs.versions import require_same_versions
 from h2mv_dist.spec import Float32Array
 
@@ -188,22 +188,35 @@ def run_prepare_unit(message: Message) -> None:
         _require_receipts(plan, store)
         store.finish(plan.daily.static)
     else:
-        checksum = prepare_days(plan, store, Period.parse(unit))
+        checksum = prepare_days(plan, store, Period.parse(unit), cancellation_check())
         store.record(unit, checksum, round(time.monotonic() - started, 3))
     report(message, event="prepared", seconds=round(time.monotonic() - started, 3))
 
 
-def prepare_days(plan: PreparePlan, store: PreparedStore, block: Period) -> str:
-    """Write every variable over one of the layout's blocks; returns a checksum of the values."""
+def prepare_days(
+    plan: PreparePlan,
+    store: PreparedStore,
+    block: Period,
+    require_wanted: Callable[[], None] = lambda: None,
+) -> str:
+    """Write every variable over one of the layout's blocks; returns a checksum of the values.
+
+    ``require_wanted`` raises what ends the work early; it is called between reads.
+    """
     first = block.first - plan.layout.period.first
     days, digest = slice(first, first + block.n_days), hashlib.sha256()
     for series in plan.daily.forcing:
         # nothing here may keep the values: there is room for one variable
-        digest.update(store.write(series.name, block, _values(series, days, plan.layout)).encode())
+        checksum = store.write(
+            series.name, block, _values(series, days, plan.layout, require_wanted), require_wanted
+        )
+        digest.update(checksum.encode())
     return digest.hexdigest()
 
 
-def _values(series: Series, days: slice, layout: PreparedLayout) -> Float32Array:
+def _values(
+    series: Series, days: slice, layout: PreparedLayout, require_wanted: Callable[[], None]
+) -> Float32Array:
     """One variable over all space, [day, *space]; each chunk of the input within the days is read once."""
     grid = layout.grid
     values = np.empty((days.stop - days.start, *grid.shape), np.float32)
@@ -211,6 +224,7 @@ def _values(series: Series, days: slice, layout: PreparedLayout) -> Float32Array
     for box in grid.tiles(tuple(cells)):
         reached = 0
         for part in series.days(days, box.slices, n_steps):
+            require_wanted()
             values[(slice(reached, reached + len(part)), *box.slices)] = part
             reached += len(part)
     return values

@@ -137,10 +137,12 @@ class TileSimulation:
         days: Days,
         outputs: Sequence[str],
         monthly: Sequence[str] = (),
+        between: Callable[[], None] = lambda: None,
     ) -> None:
+        """``between`` is called before each part of a block, a fraction of a second."""
         self.source, self.spec, self.ensemble, self.tile, self.days = source, spec, ensemble, tile, days
         self.daily = [name for name in outputs if name in spec.daily or name in spec.anomalies]
-        self.monthly = monthly
+        self.monthly, self.between = monthly, between
         self.kept = kept_outputs(spec, self.daily)
         self.once = [name for name in outputs if name in spec.static]
         land = source.grid.mask[tile.slices]
@@ -195,10 +197,8 @@ class TileSimulation:
         for block in period.blocks(self.days.block):
             yield block, Batch(torch.from_numpy(next(forcing)), self.static, {})
 
-    def step(
-        self, block: Period, batch: Batch, carried: Carried, between: Callable[[], None] | None = None
-    ) -> tuple[Carried, Values]:
-        """Run a block, ``between`` before each part of it; what is remembered afterwards, and its outputs."""
+    def step(self, block: Period, batch: Batch, carried: Carried) -> tuple[Carried, Values]:
+        """Run a block: what is remembered afterwards, and its outputs."""
         members = len(self.ensemble.models)
         daily = {n: np.empty((members, batch.n_days, batch.n_cells), np.float32) for n in self.daily}
         static = {n: np.empty((members, batch.n_cells), np.float32) for n in self.once}
@@ -219,7 +219,7 @@ class TileSimulation:
                     [*terms, *stores], lambda found: residuals.append(_residual(budget, found))
                 )
 
-        state = self._run(batch, carried.state, keep, between)
+        state = self._run(batch, carried.state, keep)
         sums, months = self._months(block, daily, carried.sums)
         values = Values(daily, static, months, max(residuals, default=None))
         return carried._replace(day=block.stop, state=state, sums=sums), values
@@ -241,17 +241,14 @@ class TileSimulation:
                 ended[month] = {n: np.asarray(going_on[n] / month.n_days, np.float32) for n in self.monthly}
         return going_on, ended
 
-    def _run(
-        self, batch: Batch, state: State, receive: _Receive, between: Callable[[], None] | None = None
-    ) -> State:
+    def _run(self, batch: Batch, state: State, receive: _Receive) -> State:
         """Run a block, some of its days over some of its cells at a time."""
         at_once = PART_CELLS if self.ensemble.device.type == "cpu" else batch.n_cells
         parts = list(product(even_parts(batch.n_cells, at_once), _parts(batch.n_days, PART_DAYS)))
         pieces = (batch.cells(*_ends(cells)).days(*_ends(days)) for cells, days in parts)
         after: list[State] = []
         for piece, (cells, days) in zip(self.transfer.ahead(pieces), parts, strict=True):
-            if between is not None:
-                between()
+            self.between()
             before = tuple(values[:, cells] for values in state) if days.start == 0 else after.pop()
 
             def take(

@@ -30,7 +30,7 @@ from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure, Message, Place, RankError, Share, failure_of
 from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
-from h2mv_dist.jobs.tasks import close_rendezvous, report, worker_host
+from h2mv_dist.jobs.tasks import cancellation_check, close_rendezvous, report, worker_host
 
 POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 2.0
@@ -179,6 +179,7 @@ class _Watch:
         self.alive = self.got_on = time.monotonic()
         self.begun = False
         self.asked_to_leave: float | None = None
+        self.require_wanted = cancellation_check()
 
     def until_the_end(self) -> dict[str, Any]:
         """The last report.
@@ -227,8 +228,7 @@ class _Watch:
             self._check()
 
     def _check(self) -> None:
-        if _cancelled():
-            raise RankError(Failure("cancelled", "cancelled"))
+        self.require_wanted()
         self._check_leaving()
         self._check_memory()
         if time.monotonic() - self.got_on > self.stuck_seconds:
@@ -268,13 +268,6 @@ class _Watch:
                     ),
                 )
             )
-
-
-def _cancelled() -> bool:
-    """Whether the scheduler does not want this task any more; a thread must find out by itself."""
-    worker = get_worker()
-    state = worker.state.tasks.get(worker.get_current_task())
-    return state is None or state.state != "executing"
 
 
 def _how_it_ended(code: int) -> str:

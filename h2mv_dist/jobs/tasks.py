@@ -2,7 +2,7 @@
 
 import errno
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
 
@@ -10,7 +10,7 @@ from distributed import get_worker
 from distributed.utils import parse_ports
 
 from h2mv_dist.errors import JobError, describe
-from h2mv_dist.jobs.messages import Message, Place, failure_of
+from h2mv_dist.jobs.messages import Failure, Message, Place, RankError, failure_of
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -64,6 +64,23 @@ def record_end(message: Message) -> str:
     except Exception as error:
         return str(error)
     return ""
+
+
+def cancellation_check() -> Callable[[], None]:
+    """For the task that this thread runs: what raises once the scheduler does not want it any more.
+
+    Dask cannot stop a thread, so whatever takes more than a moment must ask, again and again; other threads
+    of the task may ask, too.
+    """
+    worker = get_worker()
+    key = worker.get_current_task()
+
+    def check() -> None:
+        state = worker.state.tasks.get(key)
+        if state is None or state.state != "executing":
+            raise RankError(Failure("cancelled", "cancelled"))
+
+    return check
 
 
 def report(message: Mapping[str, Any], **content: Any) -> None:

@@ -7,7 +7,7 @@ the states and a receipt; what has a receipt is never computed again.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -28,7 +28,7 @@ from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
 from h2mv_dist.jobs.memory import keep_freed_memory
 from h2mv_dist.jobs.messages import Message
 from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of, kept_outputs
-from h2mv_dist.jobs.tasks import report
+from h2mv_dist.jobs.tasks import cancellation_check, report
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
 
@@ -44,12 +44,12 @@ class TileContext:
     snapshots: Snapshots
 
     def require_current(self) -> None:
-        """Write nothing, and sign nothing, for a cube that was rolled back since it was planned with.
+        """Write nothing, and sign nothing, for a cube that is not the one any more that was planned with.
 
         Raises:
-            JobError: it was.
+            JobError: it was replaced or rolled back.
         """
-        still_as_planned(self.ledger.url, self.ledger.rollbacks, self.ledger.options)
+        still_as_planned(self.ledger.url, self.plan.layout, self.ledger.rollbacks, self.ledger.options)
 
 
 _contexts: dict[str, TileContext] = {}
@@ -64,7 +64,8 @@ def run_tile_unit(message: Message) -> None:
     if message["task"] == "finish":
         finish_cube(context)
     else:
-        compute_tile(context, Tile(tuple(message["start"]), tuple(message["stop"])))
+        tile = Tile(tuple(message["start"]), tuple(message["stop"]))
+        compute_tile(context, tile, cancellation_check())
     report(message, event="tile", seconds=round(time.monotonic() - started, 3))
 
 
@@ -146,10 +147,13 @@ def is_kept(day: date, period: Period, newest_days: int, every: int | None) -> b
     return since >= period.n_days - newest_days or (every is not None and since % every == 0)
 
 
-def compute_tile(context: TileContext, tile: Tile) -> None:
-    """Compute and write every output of a tile, over the days that no receipt of it covers."""
+def compute_tile(context: TileContext, tile: Tile, require_wanted: Callable[[], None] = lambda: None) -> None:
+    """Compute and write every output of a tile, over the days that no receipt of it covers.
+
+    ``require_wanted`` raises what ends the work early; it is called several times a second, by two threads.
+    """
     covered = context.ledger.covered(tile.name).get(tile.name, ())
-    run = _TileRun(context, tile)
+    run = _TileRun(context, tile, require_wanted)
     carried: Carried | None = None
     for gap in gaps(covered, context.plan.layout.period):
         carried = run.fill(gap, run.carried_to(gap.start, carried))
@@ -158,13 +162,14 @@ def compute_tile(context: TileContext, tile: Tile) -> None:
 class _TileRun:
     """Fills a tile of a cube with what its members compute."""
 
-    def __init__(self, context: TileContext, tile: Tile) -> None:
+    def __init__(self, context: TileContext, tile: Tile, require_wanted: Callable[[], None]) -> None:
         plan, layout = context.plan, context.plan.layout
-        self.context, self.tile = context, tile
+        self.context, self.tile, self.require_wanted = context, tile, require_wanted
+        self.stretch: _Stretch | None = None
         days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
         outputs = (*layout.daily, *layout.static)
         self.simulation = TileSimulation(
-            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly
+            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly, self._look_after
         )
 
     def carried_to(self, day: date, carried: Carried | None) -> Carried:
@@ -185,14 +190,23 @@ class _TileRun:
         """Compute and write some days, from what is carried to their first one; returns it after the last."""
         ends = {stretch.stop for stretch in stretches(self.context.plan, gap)}
         with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
-            stretch = _Stretch(self.context, self.tile, gap.start, writer)
             for block, batch in self.simulation.blocks(gap):
-                carried, values = self.simulation.step(block, batch, carried, stretch.look_after)
+                stretch = self.stretch = self.stretch or self._stretch(block.start, writer)
+                carried, values = self.simulation.step(block, batch, carried)
                 stretch.write(block, batch, values)
                 if block.stop in ends:
                     stretch.finish(carried)
-                    stretch = _Stretch(self.context, self.tile, block.stop, writer)
+                    self.stretch = None
         return carried
+
+    def _stretch(self, start: date, writer: ThreadPoolExecutor) -> "_Stretch":
+        return _Stretch(self.context, self.tile, start, writer, self.require_wanted)
+
+    def _look_after(self) -> None:
+        """End a part of a block before it begins, if it is in vain."""
+        self.require_wanted()
+        if self.stretch is not None:
+            self.stretch.look_after()
 
 
 class _Stretch:
@@ -201,8 +215,16 @@ class _Stretch:
     A write that fails ends the block that is being computed, between two of its parts.
     """
 
-    def __init__(self, context: TileContext, tile: Tile, start: date, writer: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        context: TileContext,
+        tile: Tile,
+        start: date,
+        writer: ThreadPoolExecutor,
+        require_wanted: Callable[[], None],
+    ) -> None:
         self.context, self.tile, self.start, self.writer = context, tile, start, writer
+        self.require_wanted = require_wanted
         self.started = time.monotonic()
         self.static, self.blocks, self.months, self.forcing = "", list[str](), list[str](), hashlib.sha256()
         self.missing, self.residual = 0, list[float]()
@@ -237,6 +259,7 @@ class _Stretch:
 
     def _written(self, block: Period, values: Values) -> str:
         # again for each block: a run that was rolled back may have been at this tile for hours
+        self.require_wanted()
         self.context.require_current()
         cube, layout = self.context.cube, self.context.plan.layout
         if block.start == layout.period.start and values.static:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, StoreError
 from h2mv_dist.grid import Period
 from h2mv_dist.io.netcdf import select, write_netcdf
@@ -17,6 +18,14 @@ DAYS = Period(date(2000, 2, 28), date(2000, 3, 2))
 SPRING = Period(date(2000, 1, 15), date(2000, 4, 10))
 NAMING = ("bounds", "cell_measures", "ancillary_variables", "coordinates")
 """CF attributes that name other variables."""
+
+
+@pytest.fixture(scope="module")
+def spring(tmp_path_factory: pytest.TempPathFactory) -> CubePlace:
+    """Three months on disk, with monthly means; for reading only."""
+    place = CubePlace(str(tmp_path_factory.mktemp("spring") / "cube.zarr"), StorageOptions())
+    fill(place, map_layout(period=SPRING, monthly=("runoff",)))
+    return place
 
 
 def named_but_missing(path: Path) -> set[str]:
@@ -63,12 +72,11 @@ def test_a_box_and_variables_are_selected(on_disk: CubePlace, tmp_path: Path) ->
     ],
 )
 def test_days_and_a_box_are_cut_whatever_the_variable(
-    variable: str, sizes: dict[str, int], on_disk: CubePlace, tmp_path: Path
+    variable: str, sizes: dict[str, int], spring: CubePlace, tmp_path: Path
 ) -> None:
-    fill(on_disk, map_layout(period=SPRING, monthly=("runoff",)))
     part = select(
-        on_disk.url,
-        on_disk.options,
+        spring.url,
+        spring.options,
         variables=(variable,) if variable else (),
         period=Period(date(2000, 2, 1), date(2000, 3, 15)),
         box=(85.5, 88.5, 2, 5),
@@ -84,13 +92,12 @@ def test_days_and_a_box_are_cut_whatever_the_variable(
             np.testing.assert_array_equal(file["month_bnds"], bounds)
 
 
-def test_some_days_without_a_whole_month(on_disk: CubePlace) -> None:
-    fill(on_disk, map_layout(period=SPRING, monthly=("runoff",)))
+def test_some_days_without_a_whole_month(spring: CubePlace) -> None:
     days = Period(date(2000, 2, 1), date(2000, 2, 29))
-    assert "runoff_monthly" not in select(on_disk.url, on_disk.options, period=days)
-    assert select(on_disk.url, on_disk.options, variables=("runoff",), period=days).sizes["time"] == 28
+    assert "runoff_monthly" not in select(spring.url, spring.options, period=days)
+    assert select(spring.url, spring.options, variables=("runoff",), period=days).sizes["time"] == 28
     with pytest.raises(ConfigError, match="a month counts as a whole"):
-        select(on_disk.url, on_disk.options, variables=("runoff_monthly",), period=days)
+        select(spring.url, spring.options, variables=("runoff_monthly",), period=days)
 
 
 def test_basins_lie_in_a_box(on_disk: CubePlace) -> None:

@@ -22,7 +22,7 @@ from h2mv_dist.errors import ConfigError, DataError, JobError, NothingNewError, 
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import INPUT_VALUES, Progress
 from h2mv_dist.io.cube_check import verify_cube
-from h2mv_dist.io.cube_store import create_cube, publish, read_cube
+from h2mv_dist.io.cube_store import create_cube, publish, publish_further, read_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
 from h2mv_dist.io.sink import Sink, StoredValues
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
@@ -552,6 +552,27 @@ def test_a_run_stops_where_another_has_rolled_the_cube_back(
         compute_tile(run, second)
     assert written == [date(2001, 1, 11)]
     assert objects(Path(ledger_url(str(cube)))) == receipts
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [{"threads": 2}, {"chunk_days": 1, "outputs": ["runoff"]}],
+    ids=["other numbers", "other variables"],
+)
+def test_a_run_stops_where_another_has_replaced_the_cube(
+    world_url: str, cache: Path, job: str, cube: Path, replacement: dict[str, Any]
+) -> None:
+    """Its receipts would count as those of the new cube."""
+    run = appended(13, world_url, cache, job, cube)
+    settings = until(11, world_url, cache, **replacement, overwrite=True)
+    other = plan_inference(settings, job, NO_OPTIONS, cube=str(cube))
+    create_cube(str(cube), other.layout, NO_OPTIONS, overwrite=True)
+    before = objects(cube.parent)
+    with pytest.raises(JobError, match="replaced while it was worked on"):
+        compute_tile(run, run.plan.layout.tiles[0])
+    with pytest.raises(JobError, match="replaced while it was worked on"):
+        publish_further(str(cube), run.plan.layout, Progress(run.plan.layout.period, True), NO_OPTIONS)
+    assert objects(cube.parent) == before
 
 
 def test_a_cube_is_not_rolled_back_under_a_run_of_another_scheduler(

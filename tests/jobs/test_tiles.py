@@ -1,5 +1,6 @@
 """Tiles without a cluster: how often chunks are read, what is projected, what a finished cube needs."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.io import tile_forcing
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.jobs.cube_plan import FIRST_USE_BYTES
+from h2mv_dist.jobs.messages import Failure, RankError
 from h2mv_dist.jobs.tiles import compute_tile, finish_cube
 from h2mv_dist.model.base import State
 from h2mv_dist.model.ensemble import Ensemble
@@ -104,6 +106,26 @@ def test_a_cube_is_not_finished_without_all_receipts(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"no receipt(.|\n)*1 stretches(.|\n)*{first.name}(.|\n)*run h2mv"):
         finish_cube(tiles)
     compute_tile(tiles, first)
+    finish_cube(tiles)
+    assert verify_cube(tiles.cube.url, NO_OPTIONS).complete
+
+
+@pytest.mark.parametrize("asked", [1, 2, 8, 20], ids=["first", "spin-up", "baseline", "run"])
+def test_a_tile_that_is_not_wanted_any_more_stops_and_goes_on_later(tmp_path: Path, asked: int) -> None:
+    sizes = Sizes(n_days=640, shard_days=320)
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles, times = context(planned, str(tmp_path / "cube.zarr")), itertools.count(1)
+
+    def cancelled() -> None:
+        if next(times) >= asked:
+            raise RankError(Failure("cancelled", "cancelled"))
+
+    with pytest.raises(RankError, match="cancelled"):
+        compute_tile(tiles, planned.layout.tiles[0], cancelled)
+    assert next(times) <= asked + 3, "both threads may have asked once more"
+    assert not list(tiles.ledger.covered())
+    compute_tile(tiles, planned.layout.tiles[0])
     finish_cube(tiles)
     assert verify_cube(tiles.cube.url, NO_OPTIONS).complete
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit, job_id
+from h2mv_dist.jobs.messages import Job, RankError, Unit, job_id
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.tasks import TOPIC
+from h2mv_dist.jobs.tasks import TOPIC, cancellation_check
 from h2mv_dist.jobs.training import cancel_jobs, submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -212,6 +213,29 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     for known in (url, "/never/submitted"):
         with pytest.raises(JobError, match=f"no such job is running(.|\n)*{known}"):
             cancel_jobs(client, known)
+
+
+def work_until_not_wanted(began: Path, ended: Path) -> None:
+    """A task that has a thread of its own ask, as tiles do."""
+    require_wanted = cancellation_check()
+    with ThreadPoolExecutor(1) as writer:
+        began.touch()
+        try:
+            while True:
+                writer.submit(require_wanted).result()
+                time.sleep(0.05)
+        except RankError as error:
+            ended.write_text(error.failure.kind)
+
+
+def test_threads_notice_that_their_task_is_cancelled(client: Client, tmp_path: Path) -> None:
+    began, ended = tmp_path / "began", tmp_path / "ended"
+    task = client.submit(work_until_not_wanted, began, ended)
+    wait_until(began.exists, "the task")
+    assert not ended.exists()
+    task.cancel(force=True)
+    wait_until(ended.exists, "its end")
+    wait_until(lambda: ended.read_text() == "cancelled", "what it says")
 
 
 def test_an_inference_is_cancelled_by_its_cube(client: Client) -> None:
