@@ -32,7 +32,7 @@ class Case(NamedTuple):
     def bound(self) -> int:
         """Bytes."""
         tree = {"data": {"url": "none"}, "training": {"batch_size": CELLS, "ranks": 1}}
-        return step_bytes(validate(tree, where="benchmark"), self.days, self.code_path, self.recompute)
+        return step_bytes(validate(tree, where="benchmark"), CELLS, self.days, self.code_path, self.recompute)
 
 
 CASES: Final = (

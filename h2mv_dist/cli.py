@@ -46,6 +46,7 @@ from h2mv_dist.errors import ConfigError, H2mvError, NothingNewError
 
 if TYPE_CHECKING:
     from distributed import Client
+    from rich.console import Console
 
     from h2mv_dist.io.cube_check import CubeCheck
     from h2mv_dist.jobs.handle import JobHandle
@@ -363,26 +364,28 @@ def check_cube(
     """
     from h2mv_dist.io.cube_check import verify_cube
     from h2mv_dist.jobs.cluster import known_options
-    from h2mv_dist.jobs.inference import forget_damage, recorded_job
+    from h2mv_dist.jobs.configuration import load_cluster
+    from h2mv_dist.jobs.inference import recorded_job
     from h2mv_dist.model.registry import model_kind
 
     changes = with_address(set_, address)
     options = known_options(load_options(None, changes))
     recorded, job = recorded_job(cube, options)
     settings = revise(validate(recorded, where=f"the settings in {cube}"), changes)
+    # a cube says nothing of clusters
+    settings = settings.model_copy(update={"cluster": load_cluster(None, changes)})
     spec = model_kind(settings.model.name).spec
     found = verify_cube(cube, options, budget=spec.budget, share=sample)
-    show_check = _print_check_as_json if as_json else _print_check
-    show_check(found)
-    if found.complete:
-        return
-    if not repair:
-        raise typer.Exit(FAILED)
-    forget_damage(cube, found, options)
-    _fill(settings, job, cube, options)
-    again = verify_cube(cube, options, budget=spec.budget, share=sample)
-    show_check(again)
-    raise typer.Exit(0 if again.complete else FAILED)
+    if repair and not found.complete:
+        out = errors if as_json else console
+        _print_check(found, out)
+        _fill(settings, job, cube, options, damage=found, out=out)
+        found = verify_cube(cube, options, budget=spec.budget, share=sample)
+    if as_json:
+        _print_check_as_json(found)
+    else:
+        _print_check(found)
+    raise typer.Exit(0 if found.complete else FAILED)
 
 
 @app.command()
@@ -489,33 +492,46 @@ def _fill(
     *,
     append: bool = False,
     since: date | None = None,
+    damage: "CubeCheck | None" = None,
+    out: "Console" = console,
 ) -> None:
-    """Compute what a cube lacks, and what it holds ``since`` some day, and wait for it."""
-    from h2mv_dist.jobs.cube_plan import plan_inference
-    from h2mv_dist.jobs.inference import start_inference
+    """Compute what a cube lacks, what is damaged, and what it holds ``since`` some day, and wait for it."""
+    from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference
+    from h2mv_dist.jobs.handle import require_idle
+    from h2mv_dist.jobs.inference import forget_damage, start_inference
     from h2mv_dist.jobs.messages import job_id
 
+    def planned() -> CubePlan:
+        return plan_inference(settings, job, options, cube=cube, append=append, since=since)
+
     # before anything is started, or rolled back for a cube that cannot be continued
-    plan = plan_inference(settings, job, options, cube=cube, append=append, since=since)
-    name = job_id("infer", cube)
-    console.print(plan.summary(), soft_wrap=True)
+    plan, name = planned(), job_id("infer", cube)
+    out.print(plan.summary(), soft_wrap=True)
 
     def start(client: "Client") -> "JobHandle | None":
+        if damage is not None:
+            # a job that runs would miss, at its end, the receipts that are taken away
+            require_idle(client, name)
+            forget_damage(cube, damage, options)
+            return start_inference(client, planned(), job, cube, options)
         found = _found_running(client, name) if since is None else None
         handle = found or start_inference(client, plan, job, cube, options)
         if plan.before is not None and plan.progress is not None:
-            console.print(f"computing anew from {plan.progress.period.stop} on")
+            out.print(f"computing anew from {plan.progress.period.stop} on")
         return handle
 
     again = _THE_SAME if since is None else f"{_THE_SAME}, without --from"
-    if _run(settings.cluster, start, again):
-        console.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
+    if _run(settings.cluster, start, again, out):
+        out.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
     else:
-        console.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
+        out.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)
 
 
 def _run(
-    cluster: ClusterSettings, start: "Callable[[Client], JobHandle | None]", again: str = _THE_SAME
+    cluster: ClusterSettings,
+    start: "Callable[[Client], JobHandle | None]",
+    again: str = _THE_SAME,
+    out: "Console" = console,
 ) -> bool:
     """Start a job, or find it running, and watch it until it has ended; False if there was nothing to do.
 
@@ -523,15 +539,16 @@ def _run(
         cluster: where it runs.
         start: given a client, starts the job; None if there is nothing to do.
         again: the command that goes on with it.
+        out: where all this is shown.
     """
     from h2mv_dist.display import watching
 
     with _client(cluster, again) as client:
-        console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        out.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
         handle = start(client)
         if handle is None:
             return False
-        with watching(console) as watch:
+        with watching(out) as watch:
             handle.wait(watch)
     return True
 
@@ -556,20 +573,20 @@ def _sizes(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def _print_check(found: "CubeCheck") -> None:
+def _print_check(found: "CubeCheck", out: "Console" = console) -> None:
     unseen = f", {found.unseen} are of days that readers do not see yet" if found.unseen else ""
     counted = f"{len(found.sound)} receipts agree with what is stored, {len(found.missing)} are missing"
-    console.print(counted + unseen, soft_wrap=True)
+    out.print(counted + unseen, soft_wrap=True)
     for one, problem in found.damaged.items():
-        console.print(f"{one.tile} {one.period}: {problem}", markup=False, soft_wrap=True)
+        out.print(f"{one.tile} {one.period}: {problem}", markup=False, soft_wrap=True)
     for stretch in found.missing[:10]:
-        console.print(f"missing: {stretch}", soft_wrap=True)
+        out.print(f"missing: {stretch}", soft_wrap=True)
     if found.constants:
-        console.print(found.constants, soft_wrap=True)
+        out.print(found.constants, soft_wrap=True)
     if found.residual == found.residual:
-        console.print(f"largest gap of the water budget, from stored values: {found.residual:.2e} mm")
+        out.print(f"largest gap of the water budget, from stored values: {found.residual:.2e} mm")
     for one in found.unbalanced[:10]:
-        console.print(f"{one.tile} {one.period}: the water budget does not close", soft_wrap=True)
+        out.print(f"{one.tile} {one.period}: the water budget does not close", soft_wrap=True)
 
 
 def _print_check_as_json(found: "CubeCheck") -> None:
@@ -643,6 +660,8 @@ def _telling_fate(cluster: ClusterSettings, again: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # after Ctrl-C, too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elsewhere = cluster.address or cluster.scheduler_file
         fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
         console.print(f"{fate} with: {again}", soft_wrap=True)

@@ -408,7 +408,7 @@ class InferenceSettings(_Settings):
     """Keep the models' states every so many days, a multiple of ``shard_days``: ``infer --from`` can go back
     to them, and a tile that is interrupted goes on from them. Only at the end if left out."""
     keep_states: int = Field(40, ge=1)
-    """Ends of a growing cube whose states are kept, the newest ones."""
+    """States are kept of a cube's last so many times ``shard_days`` days, wherever one of its ends was."""
     threads: int = Field(1, ge=1)
     """Torch threads of each worker."""
     code_path: CodePath = "auto"

@@ -259,6 +259,7 @@ def _plan(
         )
         return CubePlan(settings, source, spec, checkpoints, layout, baseline, spinup, progress)
 
+    # a cube whose days the forcing has no more is refused, not replaced: perhaps some of it is only missing
     if known and settings.inference.overwrite and differences(known, planned(known).layout):
         return planned(None)
     return planned(known)
@@ -538,7 +539,7 @@ def _bits(rounding: Mapping[str, int], names: Sequence[str], spec: ModelSpec) ->
 def _recorded(settings: Settings, names: tuple[str, ...], rounded: Mapping[str, int]) -> dict[str, Any]:
     """The settings that matter for a cube's values; groups as their variables, which may grow some day."""
     whole = settings.model_dump(mode="json", include={"data": True, "model": True, "inference": True})
-    unimportant = {"overwrite", "attempts", "keep_states"}
+    unimportant = {"overwrite", "attempts"}
     inference = {key: value for key, value in whole["inference"].items() if key not in unimportant}
     if inference["outputs"] is not None:
         inference["outputs"] = list(names)

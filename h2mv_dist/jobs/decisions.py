@@ -21,11 +21,13 @@ class Work(NamedTuple):
     """What there is to do.
 
     Attributes:
+        n_cells: that are trained on.
         n_days: of the data.
         cell_days: that a rank simulates at least, unless the loss stops being finite; backward counts twice,
             and a batch of few cells as one of ``FEWEST_CELLS``.
     """
 
+    n_cells: int
     n_days: int
     cell_days: float
 
@@ -40,7 +42,7 @@ def work_of(training: TrainingSettings, n_cells: int, n_days: int, world: int) -
     """
     epochs = min(training.epochs, training.patience + 1)
     cells = max(n_cells / world, math.ceil(n_cells / training.batch_size) * FEWEST_CELLS)
-    return Work(n_days, epochs * cells * n_days * PASSES)
+    return Work(n_cells, n_days, epochs * cells * n_days * PASSES)
 
 
 class Begun(NamedTuple):
@@ -80,11 +82,13 @@ def decided(
     if found is None:
         training = settings.training
         path = chosen_path(training.code_path, begun.device, work.cell_days, obstacle, "training.code_path")
-        recompute = must_recompute(settings, work.n_days, path, everyone)
+        way = Way(path == COMPILED, must_recompute(settings, work.n_cells, work.n_days, path, everyone))
+        # first of all: what does not fit here may be begun elsewhere, with nothing decided yet
+        require_step_memory(settings, work.n_cells, work.n_days, way, everyone)
         tried = threads_to_try(nthreads, everyone) if _may_try(training.threads, begun, path, work) else ()
-        rates = rates_or_none(measure, tried, Way(path == COMPILED, recompute))
+        rates = rates_or_none(measure, tried, way)
         threads = training.threads or (fastest(rates) if rates else nthreads)
-        choices = {"threads": threads, "code_path": path, "recompute": recompute}
+        choices = {"threads": threads, "code_path": path, "recompute": way.recompute}
         measured = {"cell_days_a_second": rates} if rates else {}
         found = begun.record.settle({**ours, **choices, **measured, "facts": list(everyone)})
     here = {**ours, "code_path": EAGER if obstacle else found["code_path"]}
@@ -99,10 +103,13 @@ def decided(
                 fix="resume it where it was begun, or choose another job folder",
             )
         )
-    # the numbers are the same; folds begun before there was a choice have none
-    chosen = settings.training.recompute
-    recompute = bool(found.get("recompute", False)) if chosen is None else chosen
-    require_step_memory(settings, work.n_days, found["code_path"], recompute, everyone)
+    path, recompute = found["code_path"], settings.training.recompute
+    if recompute is None:
+        # the numbers are the same, so it may be begun at any time; early folds do not say whether it was
+        stored = bool(found.get("recompute", False))
+        recompute = stored or must_recompute(settings, work.n_cells, work.n_days, path, everyone)
+    way = Way(path == COMPILED, recompute)
+    require_step_memory(settings, work.n_cells, work.n_days, way, everyone)
     return {key: found[key] for key in (*here, "threads")} | {"recompute": recompute}
 
 

@@ -27,7 +27,7 @@ import h2mv_dist
 from h2mv_dist.config import Settings, canonical_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
-from h2mv_dist.jobs.code_path import COMPILED, EAGER
+from h2mv_dist.jobs.code_path import COMPILED, EAGER, Way
 from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure, Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
@@ -58,13 +58,14 @@ Facts = Mapping[str, Any]
 
 
 def gather_facts(
-    settings: Settings, staged: StagedCells, device: torch.device, worker_memory: int | None
+    settings: Settings, staged: StagedCells, n_cells: int, device: torch.device, worker_memory: int | None
 ) -> Facts:
     """What a rank knows of itself; all of it is also kept in the record.
 
     Args:
         settings: of the job.
         staged: its data.
+        n_cells: that are trained on.
         device: of this rank.
         worker_memory: bytes that the worker's limit leaves to its rank; None without a limit.
     """
@@ -79,45 +80,47 @@ def gather_facts(
         "worker_memory": _left_of(worker_memory, device),
         "free_disk": shutil.disk_usage(staged.path).free,
         "no_compiler": no_compiler_because(),
-        "needed_memory": least_step_bytes(settings, staged.period.n_days),
+        "needed_memory": least_step_bytes(settings, n_cells, staged.period.n_days),
     }
 
 
-def least_step_bytes(settings: Settings, n_days: int) -> int:
+def least_step_bytes(settings: Settings, n_cells: int, n_days: int) -> int:
     """The least that :func:`step_bytes` can be with these settings."""
     wanted, recompute = settings.training.code_path, settings.training.recompute
     paths = (EAGER, COMPILED) if wanted == "auto" else (wanted,)
     ways = (False, True) if recompute is None else (recompute,)
-    return min(step_bytes(settings, n_days, path, way) for path, way in product(paths, ways))
+    return min(step_bytes(settings, n_cells, n_days, path, way) for path, way in product(paths, ways))
 
 
-def step_bytes(settings: Settings, n_days: int, code_path: str, recompute: bool) -> int:
-    """About what the graph of one step over ``n_days`` keeps on each rank, bytes."""
+def step_bytes(settings: Settings, n_cells: int, n_days: int, code_path: str, recompute: bool) -> int:
+    """About what the graph of a step keeps on each rank, bytes; ``n_cells`` are those to train on."""
     training = settings.training
-    share = -(-training.batch_size // training.ranks)
+    share = -(-min(training.batch_size, n_cells) // training.ranks)
     cells = min(share, training.cells_at_once or share)
     n_days = min(n_days, training.truncation_days or n_days)
     for_each_hidden, on_top = GRAPH_BYTES[code_path, recompute]
     return cells * n_days * (for_each_hidden * settings.model.hidden + on_top)
 
 
-def must_recompute(settings: Settings, n_days: int, code_path: str, everyone: Sequence[Facts]) -> bool:
+def must_recompute(
+    settings: Settings, n_cells: int, n_days: int, code_path: str, everyone: Sequence[Facts]
+) -> bool:
     """Whether a graph would not fit into the memory of any rank otherwise, if settings leave it open."""
     if settings.training.recompute is not None:
         return settings.training.recompute
-    needed = step_bytes(settings, n_days, code_path, False)
+    needed = step_bytes(settings, n_cells, n_days, code_path, False)
     return any(needed > _room(facts, everyone) for facts in everyone)
 
 
 def require_step_memory(
-    settings: Settings, n_days: int, code_path: str, recompute: bool, everyone: Sequence[Facts]
+    settings: Settings, n_cells: int, n_days: int, way: Way, everyone: Sequence[Facts]
 ) -> None:
     """Make sure that a step fits into the memory of every rank, in the way that was decided on.
 
     Raises:
         RankError: it does not at present.
     """
-    needed = step_bytes(settings, n_days, code_path, recompute)
+    needed = step_bytes(settings, n_cells, n_days, COMPILED if way.compiled else EAGER, way.recompute)
     for rank, facts in enumerate(everyone):
         _check_memory(rank, facts, needed, everyone)
 

@@ -88,6 +88,9 @@ def _as_left_by(run: RunRecord, units: list[dict[str, Any]]) -> list[dict[str, A
     failed = run.failed if run.state == "failed" else {}
     known = {unit["name"] for unit in units}
     ends = [_unit(name, "unfinished", steps=0) for name in failed if name not in known]
+    if run.state == "running":
+        # whatever is done, nobody has written down that this was all
+        ends.append(_unit("end", "unfinished", steps=0))
     return [_left_by(run, failed, unit) for unit in [*units, *ends]]
 
 

@@ -171,7 +171,7 @@ def train_rank(
     def decide(everyone: Sequence[Facts]) -> dict[str, Any]:
         claimed.append(job.fold(message["fold"]).claim(place.attempt, place.gang))
         begun = Begun(claimed[0].record, place.world, device.type)
-        work = work_of(settings.training, len(staged.forcing), staged.period.n_days, place.world)
+        work = work_of(settings.training, len(fold.cells("train")), staged.period.n_days, place.world)
         return decided(begun, settings, work, share.nthreads, everyone, measure)
 
     def measure(threads: Sequence[int], way: Way) -> dict[int, float]:
@@ -185,7 +185,8 @@ def train_rank(
         require_observations(staged, fold, "validation")
         scaler = Scaler.from_dict(message["scaler"]) if message["scaler"] else fit_scaler(staged, fold)
         store = meet(place)
-        decisions = agree(store, place, gather_facts(settings, staged, device, share.memory), decide)
+        facts = gather_facts(settings, staged, len(fold.cells("train")), device, share.memory)
+        decisions = agree(store, place, facts, decide)
         torch.set_num_threads(decisions["threads"])
         way = Way(decisions["code_path"] == COMPILED, decisions["recompute"])
     with process_group(store, place, settings.training.stuck_seconds, device) as ranks:

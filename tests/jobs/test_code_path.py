@@ -21,6 +21,10 @@ GIB = 2**30
 NOTHING = "no C++ compiler: g++ is not in PATH"
 
 
+CELLS = 256
+"""That are trained on."""
+
+
 def settings(**training: Any) -> Settings:
     return validate({"data": {"url": "none"}, "training": training}, where="test")
 
@@ -78,12 +82,14 @@ def never(threads: Sequence[int], way: Way) -> dict[int, float]:
 def test_what_was_decided_stays(tmp_path: Path) -> None:
     record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
     record.claim(1, "gang")
-    begun, large, small = Begun(record, 1, "cpu"), Work(100, 1e9), Work(100, 1.0)
+    begun, large, small = Begun(record, 1, "cpu"), Work(CELLS, 100, 1e9), Work(CELLS, 100, 1.0)
     first = decided(begun, settings(), large, 3, [facts()], never)
     assert first == {"ranks": 1, "device": "cpu", "code_path": "compiled", "threads": 3, "recompute": False}
     assert decided(begun, settings(), small, 1, [facts()], never) == first
     with pytest.raises(JobError, match=r"begun in another way(.|\n)*g\+\+ is not in PATH"):
         decided(begun, settings(), large, 3, [facts(no_compiler=NOTHING)], never)
+    smaller = facts(worker_memory=step_bytes(settings(), CELLS, 100, "compiled", False) - 1)
+    assert decided(begun, settings(), small, 1, [smaller], never) == {**first, "recompute": True}
     again = decided(begun, settings(recompute=True), small, 1, [facts()], never)
     assert again == {**first, "recompute": True}
     with pytest.raises(RankError, match=r"does not fit into memory(.|\n)*training.recompute"):
@@ -92,30 +98,48 @@ def test_what_was_decided_stays(tmp_path: Path) -> None:
         decided(Begun(record, 2, "cpu"), settings(), large, 3, [facts(), facts()], never)
 
 
+def test_a_fold_that_was_refused_for_memory_may_be_begun_elsewhere(tmp_path: Path) -> None:
+    record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
+    record.claim(1, "gang")
+    begun, work = Begun(record, 1, "cpu"), Work(CELLS, 100, 1e12)
+    with pytest.raises(RankError, match="does not fit into memory"):
+        decided(begun, settings(), work, 4, [facts(worker_memory=1000)], never)
+    assert record.decisions() is None
+    assert not decided(begun, settings(), work, 4, [facts()], never)["recompute"]
+
+
+def test_a_step_takes_no_more_than_the_cells_there_are() -> None:
+    batch = settings().training.batch_size
+    whole, half = (step_bytes(settings(), n_cells, 100, "eager", False) for n_cells in (batch, batch // 2))
+    assert half * 2 == whole == step_bytes(settings(), 10 * batch, 100, "eager", False)
+
+
 def test_folds_begun_before_there_was_a_choice_go_on(tmp_path: Path) -> None:
     record = JobFolder(str(tmp_path), NO_OPTIONS).fold(0)
     record.claim(1, "gang")
     record.settle({"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "facts": []})
-    found = decided(Begun(record, 1, "cpu"), settings(), Work(100, 1e12), 1, [facts()], never)
+    found = decided(Begun(record, 1, "cpu"), settings(), Work(CELLS, 100, 1e12), 1, [facts()], never)
     assert found == {"ranks": 1, "device": "cpu", "code_path": "eager", "threads": 2, "recompute": False}
 
 
 def test_a_graph_that_does_not_fit_is_computed_once_more() -> None:
-    needed = step_bytes(settings(), 7000, "compiled", False)
-    assert not must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed)])
-    assert must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed - 1)])
-    assert must_recompute(settings(), 7000, "compiled", [facts(free_memory=needed)] * 2), (
+    needed = step_bytes(settings(), CELLS, 7000, "compiled", False)
+    assert not must_recompute(settings(), CELLS, 7000, "compiled", [facts(free_memory=needed)])
+    assert must_recompute(settings(), CELLS, 7000, "compiled", [facts(free_memory=needed - 1)])
+    assert must_recompute(settings(), CELLS, 7000, "compiled", [facts(free_memory=needed)] * 2), (
         "one host, two ranks"
     )
     hosts = [facts(free_memory=needed, host=name) for name in "ab"]
-    assert not must_recompute(settings(), 7000, "compiled", hosts)
-    assert must_recompute(settings(), 7000, "compiled", [facts(worker_memory=needed - 1)])
-    assert not must_recompute(settings(), 7000, "compiled", [facts(worker_memory=needed)] * 2), "each its own"
-    assert not must_recompute(settings(recompute=False), 7000, "compiled", [facts(free_memory=1)])
-    assert must_recompute(settings(recompute=True), 1, "compiled", [facts()])
+    assert not must_recompute(settings(), CELLS, 7000, "compiled", hosts)
+    assert must_recompute(settings(), CELLS, 7000, "compiled", [facts(worker_memory=needed - 1)])
+    assert not must_recompute(settings(), CELLS, 7000, "compiled", [facts(worker_memory=needed)] * 2), (
+        "each its own"
+    )
+    assert not must_recompute(settings(recompute=False), CELLS, 7000, "compiled", [facts(free_memory=1)])
+    assert must_recompute(settings(recompute=True), CELLS, 1, "compiled", [facts()])
 
 
 def test_the_bound_of_a_step_is_that_of_the_cheapest_way_left() -> None:
     free, eager = settings(), settings(code_path="eager", recompute=False)
-    assert least_step_bytes(free, 7000) == step_bytes(free, 7000, "compiled", True) < GIB
-    assert least_step_bytes(eager, 7000) == step_bytes(eager, 7000, "eager", False) > 10 * GIB
+    assert least_step_bytes(free, CELLS, 7000) == step_bytes(free, CELLS, 7000, "compiled", True) < GIB
+    assert least_step_bytes(eager, CELLS, 7000) == step_bytes(eager, CELLS, 7000, "eager", False) > 10 * GIB

@@ -29,8 +29,10 @@ from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.jobs import inference
 from h2mv_dist.jobs.cube_plan import plan_inference
-from h2mv_dist.jobs.inference import forget_damage, submit_inference
-from h2mv_dist.jobs.run_record import RunRecord, run_url
+from h2mv_dist.jobs.handle import submit
+from h2mv_dist.jobs.inference import forget_damage, recorded_job, submit_inference
+from h2mv_dist.jobs.messages import Job, Unit, job_id
+from h2mv_dist.jobs.run_record import RunRecord
 from h2mv_dist.jobs.tiles import TileContext, compute_tile, finish_cube, open_context, stretches
 from h2mv_dist.jobs.training import plan_training
 from h2mv_dist.model.h2mv import SPEC
@@ -589,7 +591,8 @@ def test_a_cube_is_not_rolled_back_under_a_run_of_another_scheduler(
     ):
         infer(client, settings, job, cube, since=date(2001, 1, 11))
     assert objects(cube.parent) == before
-    Path(run_url("infer-1", str(cube))).unlink()
+    same = until(11, world_url, cache)
+    assert submit_inference(client, same, job, str(cube), NO_OPTIONS) is None, "all is done: so is that run"
     infer(client, settings, job, cube, since=date(2001, 1, 11))
     assert verify_cube(str(cube), NO_OPTIONS).complete
 
@@ -763,7 +766,7 @@ def test_the_command_line_for_a_timer(
     lists = "".join(f"{name} = {DAILY[name]}\n" for name in ("tile", "shard", "chunk"))
     file.write_text(
         f'[data]\nurl = "{world_url}"\n[model]\n{model}[inference]\n{lists}shard_days = 1\nchunk_days = 1\n'
-        'spinup_days = 2\noutputs = ["runoff", "baseflow_recession"]\n'
+        'spinup_days = 2\noutputs = ["runoff", "baseflow_recession"]\nkeep_states = 60\n'
     )
     address = client.scheduler_info()["address"]
 
@@ -803,6 +806,15 @@ def test_the_command_line_for_a_timer(
     code, said = run("verify-cube", str(cube))
     assert code == 1
     assert "are not those that were written" in said
+    receipts, states = objects(Path(ledger_url(str(cube)))), objects(Path(snapshots_url(str(cube))))
+    busy = submit(client, Job(job_id("infer", str(cube)), "", {}, (Unit("waits", "tile", {}, ranks=99),)))
     code, said = run("verify-cube", str(cube), "--repair", days=5)
+    assert code == 2
+    assert "is already running on this scheduler" in said
+    assert objects(Path(ledger_url(str(cube)))) == receipts
+    busy.cancel()
+    code, said = run("verify-cube", str(cube), "--repair", "--json", days=5)
     assert code == 0, said
-    assert "4 receipts agree" in said.rpartition("finished")[2]
+    assert json.loads(said[said.index("{") : said.rindex("}") + 1])["sound"] == 4
+    assert objects(Path(snapshots_url(str(cube)))) == states
+    assert recorded_job(str(cube), NO_OPTIONS)[0]["inference"]["keep_states"] == 60, "a repair drops no more"

@@ -21,7 +21,9 @@ from h2mv_dist.model.registry import h2mv_loss, model_kind
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.model import builders
 
-LARGE = Work(100, WORTH_TRYING["eager"])
+CELLS = 256
+"""That are trained on."""
+LARGE = Work(CELLS, 100, WORTH_TRYING["eager"])
 
 
 def settings(**training: Any) -> Settings:
@@ -114,7 +116,7 @@ def test_a_fold_keeps_the_threads_that_were_chosen_first(record: FoldRecord) -> 
 
 
 def test_compiled_code_is_tried_where_there_is_much_to_do(record: FoldRecord) -> None:
-    rates, work = Rates({1: 10.0, 2: 19.0, 4: 20.0}), Work(100, WORTH_TRYING["compiled"])
+    rates, work = Rates({1: 10.0, 2: 19.0, 4: 20.0}), Work(CELLS, 100, WORTH_TRYING["compiled"])
     found = decided(Begun(record, 1, "cpu"), settings(code_path="auto"), work, 4, [facts()], rates)
     assert (found["code_path"], found["threads"]) == ("compiled", 2)
     assert rates.asked == [((1, 2, 4), Way(compiled=True, recompute=False))]
@@ -124,9 +126,9 @@ def test_compiled_code_is_tried_where_there_is_much_to_do(record: FoldRecord) ->
     ("training", "device", "work", "threads"),
     [
         ({"threads": 3}, "cpu", LARGE, 3),
-        ({"code_path": "compiled"}, "cpu", Work(100, WORTH_TRYING["compiled"] - 1), 4),
+        ({"code_path": "compiled"}, "cpu", Work(CELLS, 100, WORTH_TRYING["compiled"] - 1), 4),
         ({}, "cuda", LARGE, 4),
-        ({}, "cpu", Work(100, WORTH_TRYING["eager"] - 1), 4),
+        ({}, "cpu", Work(CELLS, 100, WORTH_TRYING["eager"] - 1), 4),
     ],
 )
 def test_nothing_is_tried_where_there_is_no_choice(

@@ -1,6 +1,7 @@
 """Records of jobs found below a folder, on every kind of store; no cluster anywhere."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from h2mv_dist.io import stores
 from h2mv_dist.io.stores import join, put_object
 from h2mv_dist.jobs import recorded
 from h2mv_dist.jobs.messages import job_id
+from h2mv_dist.jobs.progress import progress_of
 from h2mv_dist.jobs.recorded import find_job, recorded_jobs
 from h2mv_dist.jobs.run_record import RunRecord
 from tests.conftest import Place
+from tests.io.cubes import CubePlace, fill_with_receipts, map_layout
 from tests.jobs.conftest import NO_OPTIONS
 
 
@@ -48,6 +51,18 @@ def test_what_is_no_record_of_ours_hides_no_job(place: Place, caplog: pytest.Log
     for name in ("wandb/run.json", "torn.run.json", "other.run.json"):
         assert name in caplog.text
     assert "notes.json" not in caplog.text
+
+
+def test_a_run_without_an_end_is_not_called_done_or_running(tmp_path: Path) -> None:
+    """As one leaves it whose cluster was killed between the last receipt and the end."""
+    cube = CubePlace(str(tmp_path / "cube.zarr"), NO_OPTIONS)
+    fill_with_receipts(cube, map_layout())
+    done = record("infer", cube.url)
+    states = []
+    for state in ("done", "running"):
+        replace(done, state=state).write(NO_OPTIONS)
+        states.append(progress_of(find_job(cube.url, NO_OPTIONS).status()).state)
+    assert states == ["done", "unfinished"]
 
 
 def test_cubes_and_data_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
