@@ -58,7 +58,7 @@ HORIZON_MONTHS: Final = 1200
 
 INPUT_VALUES: Final = "input_values"
 """Root attribute: what the data are, by their values. Cubes begun before there was one know them by their
-objects; it is added when such a cube is next appended to, from data whose objects are still the same."""
+objects; it is added when such a cube is next finished, from data whose objects are still the same."""
 
 RECORDED: Final = ("data_url", "training_job", "settings", "versions", "source_cube", INPUT_VALUES)
 """Root attributes that are not compared: where a cube's inputs were, and what it was last worked on with."""

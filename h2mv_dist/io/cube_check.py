@@ -21,7 +21,6 @@ from h2mv_dist.spec import Budget
 
 _AT_ONCE: Final = 4
 _BUDGET_DAYS: Final = 64
-CONSTANTS_UNIT: Final = "constants"
 _UNKNOWN: Final = Closure(math.nan, closes=True)
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zarr
@@ -35,6 +35,7 @@ from h2mv_dist.io.cube import (
 from h2mv_dist.io.ledger import ledger_url
 from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import (
+    ZarrArray,
     delete_tree,
     displayed,
     explained,
@@ -45,6 +46,7 @@ from h2mv_dist.io.stores import (
     open_store,
     put_object,
     swap_object,
+    with_shape,
 )
 
 _STATE: Final = "h2mv_dist_state"
@@ -56,7 +58,6 @@ _COMPRESSORS: Final[Mapping[Compression, BytesBytesCodec]] = {
 """Measured on simulated fluxes and stores: levels of zstd above 1 take 1.8 times as long for no byte less."""
 _AT_ONCE: Final = 8
 """Metadata objects read or written at a time."""
-_Array: TypeAlias = "zarr.Array[zarr.core.metadata.ArrayV3Metadata]"
 
 
 def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite: bool) -> None:
@@ -352,7 +353,7 @@ def _write_arrays(url: str, layout: CubeLayout, options: StorageOptions) -> None
                 _write_values(created, array.values)
 
 
-def _created(group: zarr.Group, array: PlannedArray, compressor: BytesBytesCodec) -> _Array:
+def _created(group: zarr.Group, array: PlannedArray, compressor: BytesBytesCodec) -> ZarrArray:
     """The array, which is created if it is not there."""
     try:
         return group.create_array(
@@ -371,10 +372,9 @@ def _created(group: zarr.Group, array: PlannedArray, compressor: BytesBytesCodec
         return zarr.open_array(group.store, path=array.name, mode="r+")
 
 
-def _write_values(array: _Array, values: NDArray[np.generic], first: int = 0) -> None:
+def _write_values(array: ZarrArray, values: NDArray[np.generic], first: int = 0) -> None:
     """Write values from the ``first`` on, also those that lie beyond the array's shape."""
-    metadata = replace(array.async_array.metadata, shape=values.shape)
-    zarr.Array(zarr.AsyncArray(metadata, array.store_path))[first:] = values[first:]
+    with_shape(array, values.shape)[first:] = values[first:]
 
 
 def _finish_root(url: str, attributes: Mapping[str, str], options: StorageOptions) -> None:

@@ -349,7 +349,7 @@ def _shard_start(layout: CubeLayout, day: date) -> date:
 
 
 def _roll_back(plan: CompactPlan, options: StorageOptions) -> None:
-    """Make the copy end where the cube was rolled back to, if it was; one put of the metadata decides."""
+    """Make the copy end where the cube was rolled back to, if it was; one swap of the root decides."""
     there = read_cube(plan.target, options).progress
     new = plan.rollbacks[len(there.rollbacks) :]
     if not new:

@@ -1,6 +1,6 @@
 """The global-inference job: create a cube or find it, then submit one unit a tile that is not finished.
 
-A tile is asked for the days that no receipt of it covers; what readers are shown changes last, in one put.
+A tile is asked for the days that no receipt of it covers; what readers are shown changes last, in one swap.
 """
 
 import json
