@@ -35,6 +35,8 @@ lint: $(READY)
 
 # Dask's profiler and clock look at idle workers a hundred times a second, and tests keep a dozen of them
 test test-all faults: export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED := False
+# hundreds of processes are started: what one has compiled, the others need not
+unexport PYTHONDONTWRITEBYTECODE
 test test-all faults: export DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL := 500ms
 
 test: lint

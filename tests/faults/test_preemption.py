@@ -98,6 +98,8 @@ def test_a_command_with_workers_of_its_own_is_asked_to_leave(
     assert f"h2mv-dist train --resume {folder.url}" in log.read_text()
     # on a busy machine Dask complains of connections that the other side closed first
     assert "h2mv_dist/" not in log.read_text(), "a traceback of ours"
+    if number == signal.SIGINT:
+        return  # what is left is the same
     with process(log, "h2mv_dist.cli", "train", "--resume", folder.url, *own) as resumed:
         assert resumed.wait(END_SECONDS) == 0, log.read_text()
     assert final(fold) == reference

@@ -302,6 +302,7 @@ def train_poisoned(rank: int, world: int, folder: Path) -> None:
         torch.save(run.progress.record(), folder / f"progress-{world}-{rank}.pt")
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_is_skipped_by_all_as_by_one(tmp_path: Path) -> None:
     for world in (1, 2):
         on_ranks(train_poisoned, world, tmp_path)

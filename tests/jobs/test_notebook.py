@@ -157,6 +157,7 @@ def test_cancel_frees_the_workers_and_is_remembered(endless: Job, client: Client
         alone.wait(progress=False)
 
 
+@pytest.mark.slow
 def test_another_process_finds_a_job_whose_own_process_was_killed(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:

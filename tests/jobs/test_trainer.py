@@ -67,7 +67,8 @@ def run_ranks(world: int, folder: Path) -> list[dict[str, NDArray[np.float32]]]:
     return [dict(np.load(folder / f"{world}-{rank}.npz")) for rank in range(world)]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_have_the_gradient_of_one(world: int, tmp_path: Path) -> None:
     (one,) = run_ranks(1, tmp_path)
     several = run_ranks(world, tmp_path)
