@@ -362,10 +362,12 @@ def check_cube(
     The budget closes if no day's gap is above 1e-3 mm, four float32 steps of the storage, and what the
     rounding of stored values explains.
     """
+    from h2mv_dist.io.cube import COMPACTED
     from h2mv_dist.io.cube_check import verify_cube
+    from h2mv_dist.io.cube_store import read_cube
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.configuration import load_cluster
-    from h2mv_dist.jobs.inference import recorded_job
+    from h2mv_dist.jobs.inference import forget_damage, recorded_job
     from h2mv_dist.model.registry import model_kind
 
     changes = with_address(set_, address)
@@ -379,6 +381,9 @@ def check_cube(
     if repair and not found.complete:
         out = errors if as_json else console
         _print_check(found, out)
+        if COMPACTED in read_cube(cube, options).layout.attributes:
+            # inference refuses a copy, and says what compact does with what counts as not done
+            forget_damage(cube, found, options)
         _fill(settings, job, cube, options, damage=found, out=out)
         found = verify_cube(cube, options, budget=spec.budget, share=sample)
     if as_json:
