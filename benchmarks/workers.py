@@ -92,7 +92,9 @@ def _inference(settings: Settings, place: Path) -> Callable[[Client], None]:
 
     def infer(client: Client) -> None:
         cube = str(place / f"cube-{next(numbers)}.zarr")
-        submit_inference(client, settings, str(place / "members"), cube, NO_OPTIONS)
+        job = submit_inference(client, settings, str(place / "members"), cube, NO_OPTIONS)
+        assert job is not None, "a new cube"
+        job.wait()
 
     return infer
 
