@@ -211,7 +211,8 @@ def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
     settings = validate(message["settings"], where="job")
     options = StorageOptions(message["storage_options"])
     known, until = find_cube(message["cube"], options), Period.parse(message["period"])
-    planned = _plan(settings, message["training_folder"], options, known, until=until)
+    seen = message["provenance"][INPUT_VALUES], message["objects"]
+    planned = _plan(settings, message["training_folder"], options, known, until=until, seen=seen)
     if known:
         before = message["progress"]
         rollbacks = Progress.of(before).rollbacks if before else ()
@@ -240,10 +241,13 @@ def _plan(
     *,
     append: bool = False,
     until: Period | None = None,
+    seen: tuple[str, str] | None = None,
 ) -> CubePlan:
     spec = model_kind(settings.model.name).spec
     checkpoints, checksums = _read_members(settings, training_folder, options)
     source = open_source(settings.data, forcing=spec.forcing, targets=(), options=options)
+    if seen is not None:
+        source.take_over_identity(*seen)
     _check_static(checkpoints, source, settings.data.url)
 
     def planned(known: Mapping[str, str] | None) -> CubePlan:

@@ -77,6 +77,7 @@ def start_inference(
         "period": str(planned.layout.period),
         "progress": planned.progress.attributes() if planned.progress else None,
         "provenance": dict(planned.layout.attributes),
+        "objects": planned.source.identity_by_objects(),
         "storage_options": options.reveal(),
     }
     attempts = settings.inference.attempts

@@ -19,11 +19,13 @@ import xarray as xr
 from distributed import Client
 
 from h2mv_dist import cli
-from h2mv_dist.config import Settings, load, to_json, validate
+from h2mv_dist.config import DataSettings, Settings, load, to_json, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, JobError, StoreError
+from h2mv_dist.io import source
 from h2mv_dist.io.cube import root_attributes
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
+from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message, plan_inference
 from h2mv_dist.jobs.inference import (
     neighbourhood,
@@ -181,11 +183,28 @@ def test_a_worker_refuses_to_make_another_cube_than_the_planned_one(
         "cube": "c",
         "period": str(planned.layout.period),
         "storage_options": {},
+        "objects": planned.source.identity_by_objects(),
     }
     assert plan_from_message({**message, "provenance": provenance}).layout.attributes == provenance
     changed = {**provenance, "input_fingerprint": "other data"}
     with pytest.raises(JobError, match=r"c: input_fingerprint(.|\n)*other data(.|\n)*to do"):
         plan_from_message({**message, "provenance": changed})
+
+
+def test_a_worker_reads_what_identifies_the_data_only_where_their_objects_are_others(
+    world_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataSettings(url=world_url)
+    first, same, copied = (
+        open_source(data, forcing=SPEC.forcing, targets=(), options=NO_OPTIONS) for _ in range(3)
+    )
+    known = first.identity, first.identity_by_objects()
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "fixed_values", lambda *_: pytest.fail("they are read"))
+        same.take_over_identity(*known)
+        assert same.identity == known[0]
+    copied.take_over_identity("of others", "other objects")
+    assert copied.identity == known[0]
 
 
 @pytest.mark.parametrize(
