@@ -23,7 +23,6 @@ import torch.distributed as dist
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
-import h2mv_dist
 from h2mv_dist.config import Settings, canonical_json
 from h2mv_dist.errors import JobError, describe
 from h2mv_dist.io.cache import StagedCells
@@ -251,7 +250,7 @@ def check_all_reduce(world: int, device: torch.device) -> None:
 @cache
 def code_fingerprint() -> str:
     """SHA-256 over the package's own source files."""
-    root = Path(h2mv_dist.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.suffix in {".py", ".cpp"}):
         digest.update(canonical_json([path.relative_to(root).as_posix()]).encode() + path.read_bytes())

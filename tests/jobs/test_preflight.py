@@ -1,8 +1,11 @@
 """What the ranks of a gang tell each other before the first step."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from h2mv_dist.errors import JobError, StoreError
 from h2mv_dist.jobs import rank
 from h2mv_dist.jobs.messages import Failure, Place, failure_of
-from h2mv_dist.jobs.preflight import agree
+from h2mv_dist.jobs.preflight import agree, code_fingerprint
 
 GIB = 2**30
 
@@ -86,3 +89,13 @@ def test_a_store_is_not_taken_for_a_peer() -> None:
     error = StoreError("the store kept failing: Connection reset by peer")
     assert rank._failure(error).kind == "busy"
     assert rank._failure(RuntimeError("Connection reset by peer")).kind == "peer"
+
+
+def test_code_is_found_beside_a_clone_of_the_repository(tmp_path: Path) -> None:
+    """Python takes its folder, which is in the current one, for a package without ``__file__``."""
+    (tmp_path / "h2mv_dist").mkdir()
+    command = "from h2mv_dist.jobs.preflight import code_fingerprint; print(code_fingerprint())"
+    there = subprocess.run(
+        (sys.executable, "-c", command), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert there.stdout.strip() == code_fingerprint()
