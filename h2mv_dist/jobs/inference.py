@@ -6,7 +6,6 @@ A tile is asked for the days that no receipt of it covers; what readers are show
 import json
 import logging
 import math
-import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,8 @@ FINISH_UNIT: Final = "finish"
 _CUTS: Final = ("shard_days", "tile", "shard")
 """Settings that decide how much of a cube is in memory at once."""
 
-MOST_STATES: Final = 1_000_000
+_ALL_STATES: Final = 1_000_000
+"""Of any cube."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ def start_inference(
     create_cube(cube, planned.layout, options, settings.inference.overwrite)
     constants_done = not planned.layout.constants or planned.progress is None or planned.progress.constants
     if planned.done and constants_done and not missing:
-        _record_end(cube, name, options)
         return None
     _log.info("%s: %s", displayed(cube), planned.summary())
     common = {
@@ -136,13 +135,6 @@ def neighbourhood(planned: CubePlan, tile: Tile) -> str:
     return ",".join(str(a // c) for a, c in zip(tile.start, planned.source.chunk_shape, strict=True))
 
 
-def _record_end(cube: str, name: str, options: StorageOptions) -> None:
-    """Complete the record of the last job, if it ended before it could do so itself: all is done."""
-    last = RunRecord.read(name, cube, options)
-    if last is not None and last.state == "running":
-        replace(last, state="done", ended=time.time()).write(options)
-
-
 def _require_an_end(cube: str, name: str, options: StorageOptions) -> None:
     """Refuse a cube whose last job has no end in its record: it may still run, under any scheduler.
 
@@ -160,8 +152,7 @@ def _require_an_end(cube: str, name: str, options: StorageOptions) -> None:
                 expected="no run under way, or one whose end is recorded",
                 actual=f"one submitted {began:%Y-%m-%d %H:%M} UTC to {last.scheduler}, with no end recorded",
                 fix=f"wait for it, or stop it (h2mv-dist jobs cancel, --address {last.scheduler}); if its "
-                "scheduler and workers are gone, run h2mv-dist infer without --from first, or delete "
-                f"{displayed(run_url(name, cube))}",
+                f"scheduler and workers are gone, delete {displayed(run_url(name, cube))}, and try again",
             )
         )
 
@@ -200,7 +191,7 @@ def recorded_job(cube: str, options: StorageOptions) -> tuple[dict[str, Any], st
     attributes = read_cube(cube, options).layout.attributes
     settings = json.loads(attributes["settings"])
     # early cubes do not say; none of their states are to be dropped
-    settings["inference"].setdefault("keep_states", MOST_STATES)
+    settings["inference"].setdefault("keep_states", _ALL_STATES)
     return settings, attributes["training_job"]
 
 
