@@ -74,7 +74,7 @@ class FaultProxy:
         requests: requests seen, by method.
         faults: faults served, by kind.
         puts: PUTs that were carried out, by path (``/bucket/key``).
-        body_bytes: bytes of successful GET bodies sent, by path.
+        body_bytes: bytes of successful GET bodies, by path, those included that are just being sent.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -191,11 +191,12 @@ class FaultProxy:
             return False
         writer.write(answer.raw)
         async for piece in _body_pieces(request, answer, upstream):
-            writer.write(piece.raw)
-            await writer.drain()
+            # first, so that whoever has received all of it finds all of it counted
             if request.method == "GET" and answer.status < 300:
                 with self._lock:
                     self.body_bytes[request.path] += piece.size
+            writer.write(piece.raw)
+            await writer.drain()
         await writer.drain()
         return _keeps_alive(request, answer)
 
