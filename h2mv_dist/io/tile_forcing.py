@@ -62,6 +62,12 @@ class TileForcing:
         # what chunks that are larger than that box take on their way
         return held + box + joined + self.source.bytes_beyond(self.tile, self._longest)
 
+    @property
+    def n_bytes_left(self) -> int:
+        """Projected bytes that are still in memory while the last block is used."""
+        days = self.period.n_days if self.keeps else self._longest.n_days
+        return self._packed(days) + self._packed(min(self.block_days, self.period.n_days))
+
     def _part(self, part: Period) -> Float32Array:
         if part in self._kept:
             return self._kept[part]

@@ -53,6 +53,8 @@ class _Gang:
         seats: one a rank.
         ended: set when it must not go on.
         told: why the first of its ranks ended early, in its own words.
+        makes_room: whether its worker may begin another unit beside it.
+        blames: whether the loss of a worker counts against that worker's slot.
     """
 
     job: str
@@ -60,6 +62,12 @@ class _Gang:
     seats: tuple[Seat, ...]
     ended: asyncio.Future[Failure]
     told: asyncio.Future[Failure]
+    makes_room: bool = False
+    blames: bool = True
+
+    def key(self, rank: int) -> str:
+        """Of the Dask task of a rank."""
+        return f"{self.name}/{rank}"
 
     def end(self, failure: Failure) -> None:
         """Make the attempt end early, for the first reason given."""
@@ -97,7 +105,7 @@ class Coordinator(SchedulerPlugin):
         self.jobs: dict[str, Job] = {}
         self.queue: list[_Turn] = []
         self.submitted = itertools.count()
-        self.leases: dict[str, _Gang] = {}
+        self.leases: dict[str, list[_Gang]] = {}
         self.neighbourhoods: dict[str, str] = {}
         self.health = Health()
         self.running: set[asyncio.Task[None]] = set()
@@ -176,7 +184,7 @@ class Coordinator(SchedulerPlugin):
         for unit in cancelled.all_units():
             if unit.state in ("queued", "waiting"):
                 unit.state = "cancelled"
-        for gang in self.leases.values():
+        for gang in itertools.chain.from_iterable(self.leases.values()):
             if gang.job == job:
                 gang.end(Failure("cancelled", "cancelled"))
         self._record_end(cancelled)
@@ -187,15 +195,20 @@ class Coordinator(SchedulerPlugin):
         scheduler.loop.call_later(0, self.pump)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
-        """A worker is gone: its gang cannot go on (a pinned task would wait for it for ever)."""
+        """A worker is gone: its gangs cannot go on (a pinned task would wait for it for ever)."""
         self.neighbourhoods.pop(worker, None)
-        if worker in self.leases:
-            self.leases[worker].end(Failure("machine", f"worker {worker} was lost"))
+        for number, gang in enumerate(self.leases.get(worker, ())):
+            gang.blames = number == 0
+            gang.end(Failure("machine", f"worker {worker} was lost"))
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Keep the latest report of each unit, for whoever asks."""
+        """Keep the latest report of each unit, for whoever asks; use the room that a unit makes."""
         if topic == tasks.TOPIC and isinstance(msg, Mapping) and msg.get("job") in self.jobs:
             self.jobs[msg["job"]].report(msg)
+        if topic == tasks.ROOM and isinstance(msg, Mapping):
+            for gang in self.leases.get(str(msg.get("worker")), ()):
+                gang.makes_room |= gang.name == msg.get("gang")
+            self.pump()
 
     def pump(self) -> None:
         """Start the gangs whose turn it is, until one has to wait.
@@ -208,6 +221,8 @@ class Coordinator(SchedulerPlugin):
             turn = self.queue.pop(0)
             seats = self.health.usable(self._seats(), turn.unit.ranks)
             chosen = choose_seats((s for s in seats if self._is_free(s)), turn.unit.ranks)
+            if chosen is None and turn.unit.overlaps:
+                chosen = choose_seats((s for s in seats if self._has_room(s)), turn.unit.ranks)
             if chosen is not None:
                 if turn.unit.neighbourhood:
                     turn = self._near(turn, chosen[0])
@@ -249,13 +264,22 @@ class Coordinator(SchedulerPlugin):
     def _is_free(self, seat: Seat) -> bool:
         return seat.address not in self.leases and not self.scheduler.workers[seat.address].processing
 
+    def _has_room(self, seat: Seat) -> bool:
+        """Whether a worker does nothing but end a unit that makes room for another one."""
+        gangs = self.leases.get(seat.address, [])
+        if len(gangs) != 1 or not gangs[0].makes_room:
+            return False
+        known = {gangs[0].key(rank) for rank in range(len(gangs[0].seats))}
+        return known.issuperset(task.key for task in self.scheduler.workers[seat.address].processing)
+
     def _launch(self, job: Job, unit: Unit, seats: tuple[Seat, ...]) -> None:
         unit.start(tuple(seat.address for seat in seats))
         # the random part keeps attempts apart that two schedulers number alike
         name = f"{job.id}/{unit.name}/{unit.attempt}-{secrets.token_hex(4)}"
         new_future = asyncio.get_running_loop().create_future
         gang = _Gang(job.id, name, seats, ended=new_future(), told=new_future())
-        self.leases.update((seat.address, gang) for seat in seats)
+        for seat in seats:
+            self.leases.setdefault(seat.address, []).append(gang)
         self._keep(self._run(job, unit, gang))
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
@@ -273,7 +297,8 @@ class Coordinator(SchedulerPlugin):
             self._note(job, unit, failed)
         finally:
             for seat in gang.seats:
-                if self.leases.get(seat.address) is gang:
+                self.leases[seat.address].remove(gang)
+                if not self.leases[seat.address]:
                     del self.leases[seat.address]
         final = job.finish()
         if final is not None:
@@ -349,7 +374,7 @@ class Coordinator(SchedulerPlugin):
     def _lost_slot(self, gang: _Gang) -> str:
         """The slot of the gang's worker that is gone, if one is."""
         lost = [seat.slot for seat in gang.seats if seat.address not in self.scheduler.workers]
-        return lost[0] if lost else ""
+        return lost[0] if lost and gang.blames else ""
 
     async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
         """Result of the first rank, once all are done."""
@@ -358,7 +383,7 @@ class Coordinator(SchedulerPlugin):
         for rank, seat in enumerate(gang.seats):
             place = Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)
             message = Message(job.task_message(unit))
-            key = f"{gang.name}/{rank}"
+            key = gang.key(rank)
             futures.append(self.client.submit(tasks.run_unit, message, place, key=key, **_pinned(seat)))
         outcomes = await _outcomes(futures, gang.told)
         failures = [(f, seat.slot) for f, seat in zip(outcomes, gang.seats, strict=True) if f is not None]

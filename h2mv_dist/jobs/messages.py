@@ -151,6 +151,11 @@ class Unit:
         return self.task == "fold"
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a worker may begin it while another unit of the kind is about to end there."""
+        return self.task == "tile"
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in ("done", "failed", "cancelled")

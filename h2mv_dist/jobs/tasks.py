@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
 
-from distributed import get_worker
+from distributed import get_worker, secede
 from distributed.utils import parse_ports
 
 from h2mv_dist.errors import JobError, describe
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TOPIC: Final = "h2mv"
 """Dask topic of all reports."""
+ROOM: Final = "h2mv-room"
+"""Dask topic of units that let their worker begin another one."""
 
 
 def run_unit(message: Message, place: Place) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def _result(message: Message, place: Place) -> Any:
         case _:
             from h2mv_dist.jobs.tiles import run_tile_unit
 
-            return run_tile_unit(message)
+            return run_tile_unit(message, place)
 
 
 def record_end(message: Message) -> str:
@@ -77,10 +79,17 @@ def cancellation_check() -> Callable[[], None]:
 
     def check() -> None:
         state = worker.state.tasks.get(key)
-        if state is None or state.state != "executing":
+        if state is None or state.state not in ("executing", "long-running"):
             raise RankError(Failure("cancelled", "cancelled"))
 
     return check
+
+
+def make_room(place: Place) -> None:
+    """Let this thread's worker begin another unit: what is left of this one leaves room for that."""
+    secede()
+    worker = get_worker()
+    worker.log_event(ROOM, {"worker": worker.address, "gang": place.gang})
 
 
 def report(message: Mapping[str, Any], **content: Any) -> None:

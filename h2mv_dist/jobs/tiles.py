@@ -1,17 +1,22 @@
 """One tile of global inference, on a worker.
 
 The tile's forcing is streamed in blocks of days, through all members, whose states are carried over; while a
-block computes, the one before is written and the next one is read. A stretch of days ends with a snapshot of
-the states and a receipt; what has a receipt is never computed again.
+block computes, the one before is written and the next one is read, which for the last block is the first one
+of the worker's next tile. A stretch of days ends with a snapshot of the states and a receipt; what has a
+receipt is never computed again.
 """
 
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from itertools import pairwise
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -26,22 +31,50 @@ from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
 from h2mv_dist.jobs.memory import keep_freed_memory
-from h2mv_dist.jobs.messages import Message
+from h2mv_dist.jobs.messages import Message, Place
 from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of, kept_outputs
-from h2mv_dist.jobs.tasks import cancellation_check, report
+from h2mv_dist.jobs.tasks import cancellation_check, make_room, report
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble
+
+POLL_SECONDS: Final = 0.2
+"""How often a tile that waits for its turn looks whether it is still wanted."""
+
+_T = TypeVar("_T")
+
+
+class _Writer:
+    """A thread that writes what it is given, in this order."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="h2mv-write")
+        self.latest: Future[Any] | None = None
+
+    def submit(self, write: Callable[[], _T]) -> "Future[_T]":
+        """Have it write something after all it was given before."""
+        self.latest = future = self.pool.submit(write)
+        return future
+
+    def wait(self) -> None:
+        """Until it has nothing left to write, whatever became of it."""
+        wait([] if self.latest is None else [self.latest])
 
 
 @dataclass(frozen=True, slots=True)
 class TileContext:
-    """What a worker keeps between the tiles of one cube."""
+    """What a worker keeps between the tiles of one cube.
+
+    One tile is computed at a time (whose thread holds ``computing``), and one block is written at a time: so
+    tiles that overlap take no more memory than one, but for the forcing of the one that waits.
+    """
 
     plan: CubePlan
     ensemble: Ensemble
     cube: Sink
     ledger: Ledger
     snapshots: Snapshots
+    computing: threading.Lock = field(default_factory=threading.Lock)
+    writer: _Writer = field(default_factory=_Writer)
 
     def require_current(self) -> None:
         """Write nothing, and sign nothing, for a cube that is not the one any more that was planned with.
@@ -54,9 +87,10 @@ class TileContext:
 
 _contexts: dict[str, TileContext] = {}
 """The context of the cube this worker is busy with; one at most."""
+_opening: Final = threading.Lock()
 
 
-def run_tile_unit(message: Message) -> None:
+def run_tile_unit(message: Message, place: Place) -> None:
     """Compute what is missing of a tile, or finish the cube."""
     context = _context(message)
     torch.set_num_threads(context.plan.settings.inference.threads)
@@ -65,18 +99,20 @@ def run_tile_unit(message: Message) -> None:
         finish_cube(context)
     else:
         tile = Tile(tuple(message["start"]), tuple(message["stop"]))
-        compute_tile(context, tile, cancellation_check())
+        compute_tile(context, tile, cancellation_check(), partial(make_room, place))
     report(message, event="tile", seconds=round(time.monotonic() - started, 3))
 
 
 def _context(message: Message) -> TileContext:
     # not the job's name: a cube that is replaced keeps its name, but not its model
     key = canonical_json([message[name] for name in ("cube", "provenance", "settings", "period", "progress")])
-    if key not in _contexts:
-        planned = plan_from_message(message)
-        _contexts.clear()
-        _contexts[key] = open_context(planned, message["cube"], StorageOptions(message["storage_options"]))
-    return _contexts[key]
+    with _opening:
+        if key not in _contexts:
+            planned = plan_from_message(message)
+            _contexts.clear()
+            options = StorageOptions(message["storage_options"])
+            _contexts[key] = open_context(planned, message["cube"], options)
+        return _contexts[key]
 
 
 def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileContext:
@@ -147,32 +183,92 @@ def is_kept(day: date, period: Period, newest_days: int, every: int | None) -> b
     return since >= period.n_days - newest_days or (every is not None and since % every == 0)
 
 
-def compute_tile(context: TileContext, tile: Tile, require_wanted: Callable[[], None] = lambda: None) -> None:
+def _nothing() -> None:
+    """What is wanted stays wanted, and nobody needs room."""
+
+
+def compute_tile(
+    context: TileContext,
+    tile: Tile,
+    require_wanted: Callable[[], None] = _nothing,
+    make_room: Callable[[], None] = _nothing,
+) -> None:
     """Compute and write every output of a tile, over the days that no receipt of it covers.
 
-    ``require_wanted`` raises what ends the work early; it is called several times a second, by two threads.
+    Args:
+        context: of the cube.
+        tile: one of its tiles.
+        require_wanted: raises what ends the work early; called several times a second, by two threads.
+        make_room: called once only the last block is to be computed, for which all is read: from here on
+            another tile of the context may be computed by another thread.
     """
     covered = context.ledger.covered(tile.name).get(tile.name, ())
-    run = _TileRun(context, tile, require_wanted)
-    carried: Carried | None = None
-    for gap in gaps(covered, context.plan.layout.period):
-        carried = run.fill(gap, run.carried_to(gap.start, carried))
+    missing = tuple(gaps(covered, context.plan.layout.period))
+    if missing:
+        _TileRun(context, tile, require_wanted, make_room).fill(missing)
 
 
 class _TileRun:
-    """Fills a tile of a cube with what its members compute."""
+    """Fills a tile of a cube with what its members compute.
 
-    def __init__(self, context: TileContext, tile: Tile, require_wanted: Callable[[], None]) -> None:
+    While a block computes, the one before is written. A write that fails ends the block that is being
+    computed, between two of its parts.
+    """
+
+    def __init__(
+        self,
+        context: TileContext,
+        tile: Tile,
+        require_wanted: Callable[[], None],
+        make_room: Callable[[], None],
+    ) -> None:
         plan, layout = context.plan, context.plan.layout
-        self.context, self.tile, self.require_wanted = context, tile, require_wanted
-        self.stretch: _Stretch | None = None
+        self.context, self.tile = context, tile
+        self.require_wanted, self.make_room = require_wanted, make_room
+        self.has_turn, self.writes = False, deque[Future[Any]]()
         days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
         outputs = (*layout.daily, *layout.static)
         self.simulation = TileSimulation(
-            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly, self._look_after
+            plan.source, plan.spec, context.ensemble, tile, days, outputs, layout.monthly, self._before_part
         )
 
-    def carried_to(self, day: date, carried: Carried | None) -> Carried:
+    def fill(self, missing: Sequence[Period]) -> None:
+        """Compute and write some days; returns once they have their receipts."""
+        try:
+            self._compute(missing)
+        finally:
+            self._end_turn()
+            wait(self.writes)
+        self._require_written()
+
+    def _compute(self, missing: Sequence[Period]) -> None:
+        carried: Carried | None = None
+        for gap in missing:
+            carried = self._fill_gap(gap, self._carried_to(gap.start, carried), missing[-1].stop)
+
+    def _fill_gap(self, gap: Period, carried: Carried, end: date) -> Carried:
+        """Days without a receipt, from what is carried to their first one; returns it after the last."""
+        stretch, ends = None, {stretch.stop for stretch in stretches(self.context.plan, gap)}
+        for block, batch in self.simulation.blocks(gap):
+            if block.stop == end:
+                self.make_room()
+            self._take_turn()
+            stretch = stretch or _Stretch(self.context, self.tile, block.start, self.require_wanted)
+            carried, values = self.simulation.step(block, batch, carried)
+            stretch.count(batch, values)
+            self.context.writer.wait()
+            self._require_written()
+            stretch.blocks.append(self._hand_over(partial(stretch.write, block, values)))
+            if block.stop in ends:
+                self._hand_over(partial(stretch.finish, carried))
+                stretch = None
+        return carried
+
+    def _hand_over(self, write: Callable[[], _T]) -> "Future[_T]":
+        self.writes.append(future := self.context.writer.submit(write))
+        return future
+
+    def _carried_to(self, day: date, carried: Carried | None) -> Carried:
         """What is remembered when ``day`` begins: carried over or kept, else worked out without writing."""
         if carried is None or carried.day != day:
             carried = self._latest(day)
@@ -186,78 +282,48 @@ class _TileRun:
         arrays = snapshots.load(self.tile.name, usable[-1])
         return Carried.of(usable[-1], arrays, self.context.plan.spec.state, self.context.ensemble.device)
 
-    def fill(self, gap: Period, carried: Carried) -> Carried:
-        """Compute and write some days, from what is carried to their first one; returns it after the last."""
-        ends = {stretch.stop for stretch in stretches(self.context.plan, gap)}
-        with ThreadPoolExecutor(1, thread_name_prefix="h2mv-write") as writer:
-            for block, batch in self.simulation.blocks(gap):
-                stretch = self.stretch = self.stretch or self._stretch(block.start, writer)
-                carried, values = self.simulation.step(block, batch, carried)
-                stretch.write(block, batch, values)
-                if block.stop in ends:
-                    stretch.finish(carried)
-                    self.stretch = None
-        return carried
-
-    def _stretch(self, start: date, writer: ThreadPoolExecutor) -> "_Stretch":
-        return _Stretch(self.context, self.tile, start, writer, self.require_wanted)
-
-    def _look_after(self) -> None:
-        """End a part of a block before it begins, if it is in vain."""
+    def _before_part(self) -> None:
+        """Wait for this tile's turn, and end a part of a block before it begins, if it is in vain."""
         self.require_wanted()
-        if self.stretch is not None:
-            self.stretch.look_after()
+        self._take_turn()
+        self._require_written()
+
+    def _take_turn(self) -> None:
+        while not self.has_turn:
+            self.has_turn = self.context.computing.acquire(timeout=POLL_SECONDS)
+            self.require_wanted()
+
+    def _end_turn(self) -> None:
+        if self.has_turn:
+            self.context.computing.release()
+            self.has_turn = False
+
+    def _require_written(self) -> None:
+        """Raise what has become of the writes that have ended."""
+        while self.writes and self.writes[0].done():
+            self.writes.popleft().result()
 
 
 class _Stretch:
-    """Days of a tile that get one receipt; while a block computes, the one before is written.
-
-    A write that fails ends the block that is being computed, between two of its parts.
-    """
+    """Days of a tile that get one receipt; written and signed by the worker's writer, in this order."""
 
     def __init__(
-        self,
-        context: TileContext,
-        tile: Tile,
-        start: date,
-        writer: ThreadPoolExecutor,
-        require_wanted: Callable[[], None],
+        self, context: TileContext, tile: Tile, start: date, require_wanted: Callable[[], None]
     ) -> None:
-        self.context, self.tile, self.start, self.writer = context, tile, start, writer
-        self.require_wanted = require_wanted
+        self.context, self.tile, self.start, self.require_wanted = context, tile, start, require_wanted
         self.started = time.monotonic()
-        self.static, self.blocks, self.months, self.forcing = "", list[str](), list[str](), hashlib.sha256()
+        self.static, self.months, self.forcing = "", list[str](), hashlib.sha256()
+        self.blocks: list[Future[str]] = []
         self.missing, self.residual = 0, list[float]()
-        self.writing: Future[str] | None = None
 
-    def write(self, block: Period, batch: Batch, values: Values) -> None:
-        """Hand over a block; returns once the one before is written."""
-        self._wait()
-        self.writing = self.writer.submit(self._written, block, values)
+    def count(self, batch: Batch, values: Values) -> None:
+        """Note what the receipt is to say of a block."""
         self.forcing.update(batch.forcing.numpy().tobytes())
         self.missing += values.n_missing()
         self.residual += [] if values.residual is None else [values.residual]
 
-    def finish(self, carried: Carried) -> None:
-        """Keep the states, then put the receipt."""
-        self._wait()
-        self.context.require_current()
-        layout, tile = self.context.plan.layout, self.tile.name
-        if _is_whole(layout.period, carried.day, layout.shard_days):
-            self.context.snapshots.save(tile, carried.day, carried.arrays(self.context.plan.spec.state))
-        receipt = Receipt(
-            fingerprint=layout.fingerprint,
-            static=self.static,
-            blocks=tuple(self.blocks),
-            months=tuple(self.months),
-            forcing=self.forcing.hexdigest(),
-            missing=self.missing,
-            residual=max(self.residual, default=None),
-            seconds=round(time.monotonic() - self.started, 3),
-        )
-        self.context.ledger.record(tile, Period(self.start, carried.day), receipt)
-
-    def _written(self, block: Period, values: Values) -> str:
+    def write(self, block: Period, values: Values) -> str:
+        """Write a block; returns its checksum."""
         # again for each block: a run that was rolled back may have been at this tile for hours
         self.require_wanted()
         self.context.require_current()
@@ -268,15 +334,24 @@ class _Stretch:
             self.months.append(cube.write_month(self.tile, month, means))
         return cube.write(self.tile, block, values.daily)
 
-    def look_after(self) -> None:
-        """Raise what has become of the block before, if its writing has ended."""
-        if self.writing is not None and self.writing.done():
-            self._wait()
-
-    def _wait(self) -> None:
-        if self.writing is not None:
-            self.blocks.append(self.writing.result())
-            self.writing = None
+    def finish(self, carried: Carried) -> None:
+        """Keep the states, then put the receipt, if all blocks were written."""
+        blocks = tuple(block.result() for block in self.blocks)
+        self.context.require_current()
+        layout, tile = self.context.plan.layout, self.tile.name
+        if _is_whole(layout.period, carried.day, layout.shard_days):
+            self.context.snapshots.save(tile, carried.day, carried.arrays(self.context.plan.spec.state))
+        receipt = Receipt(
+            fingerprint=layout.fingerprint,
+            static=self.static,
+            blocks=blocks,
+            months=tuple(self.months),
+            forcing=self.forcing.hexdigest(),
+            missing=self.missing,
+            residual=max(self.residual, default=None),
+            seconds=round(time.monotonic() - self.started, 3),
+        )
+        self.context.ledger.record(tile, Period(self.start, carried.day), receipt)
 
 
 def stretches(plan: CubePlan, gap: Period) -> Iterator[Period]:

@@ -25,8 +25,10 @@ from h2mv_dist.io import source
 from h2mv_dist.io.cube import root_attributes
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
+from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message, plan_inference
+from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.inference import (
     neighbourhood,
     start_inference,
@@ -391,3 +393,50 @@ def test_tiles_that_cut_chunks_of_the_forcing_are_told(
     (told,) = caplog.messages
     assert "tile = [9, 12] cuts chunks of the forcing, [6, 6] cells each" in told
     assert "tile = [18, 12] would not" in told
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["to the end", "cancelled"])
+def test_a_worker_begins_a_tile_while_it_ends_another(
+    client: Client, world_url: str, cache: Path, job: str, tmp_path: Path, cancelled: bool
+) -> None:
+    small = {"tile": [6, 6], "shard": [6, 6], "chunk": [6, 6], "shard_days": 366, "chunk_days": 366}
+    settings = small_settings(world_url, cache, inference={**small, "outputs": ["runoff"]})
+    gate, cube = tmp_path / "gate", tmp_path / "cube.zarr"
+    client.run(hold_writes, str(gate))
+    try:
+        handle = submit_inference(client, settings, job, str(cube), NO_OPTIONS)
+        assert handle is not None
+        wait_until(lambda: sorted(tiles_of_workers(handle).values()) == [2] * 4, "two tiles on each worker")
+        if cancelled:
+            handle.cancel()
+            wait_until(lambda: not tiles_of_workers(handle), "the end of all tiles")
+    finally:
+        gate.touch()
+        client.run(write_again)
+    if cancelled:
+        assert {unit["state"] for unit in handle.status()["units"]} == {"cancelled"}
+        infer(client, settings, job, cube)
+    else:
+        handle.wait()
+    assert verify_cube(str(cube), NO_OPTIONS).complete
+
+
+def hold_writes(gate: str) -> None:
+    """On a worker: no block of a cube is written before there is a file at ``gate``."""
+
+    def held(sink: Sink, *values: Any) -> str:
+        wait_until(Path(gate).exists, "the gate")
+        return write(sink, *values)
+
+    write = Sink.write
+    Sink.held, Sink.write = write, held  # type: ignore[assignment, attr-defined, method-assign]
+
+
+def write_again() -> None:
+    """On a worker: undo :func:`hold_writes`."""
+    Sink.write = Sink.held  # type: ignore[attr-defined, method-assign]
+
+
+def tiles_of_workers(handle: JobHandle) -> Counter[str]:
+    """How many units run on each worker."""
+    return Counter(w for u in handle.status()["units"] if u["state"] == "running" for w in u["workers"])

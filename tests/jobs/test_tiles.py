@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from h2mv_dist.model.base import State
 from h2mv_dist.model.ensemble import Ensemble
 from tests.conftest import Place
 from tests.io.counting import chunk_reads, counting_place, forget_reads
+from tests.jobs.processes import wait_until
 from tests.jobs.tiles import NO_OPTIONS, Sizes, context, plan, write_data
 
 PASSES = 3
@@ -155,6 +158,55 @@ def test_a_write_that_fails_ends_the_block_that_is_being_computed(
     assert whole == PASSES * 10, "two blocks of five parts a pass"
     assert whole - 5 < computed < whole, "the last block was begun, and not computed to its end"
     assert not list(broken.ledger.covered())
+
+
+def test_the_next_tile_reads_while_one_is_computed_and_is_computed_after_it(
+    counting: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(tile=(2, 3))
+    write_data(counting, sizes)
+    planned = plan(counting.url, sizes)
+    tiles = context(planned, str(tmp_path / "cube.zarr"))
+    first, second, *_ = planned.layout.tiles
+    threads: list[str] = []
+
+    def noted(ensemble: Ensemble, *arguments: Any) -> State:
+        threads.append(threading.current_thread().name)
+        return run(ensemble, *arguments)
+
+    run = Ensemble.run
+    monkeypatch.setattr(Ensemble, "run", noted)
+    with ThreadPoolExecutor(1, thread_name_prefix="second") as pool:
+        begun: list[Future[None]] = []
+
+        def begin_second() -> None:
+            forget_reads()
+            begun.append(pool.submit(compute_tile, tiles, second))
+            wait_until(lambda: chunk_reads("tair"), "the second tile to read")
+
+        compute_tile(tiles, first, make_room=begin_second)
+        begun[0].result()
+    assert [name.startswith("second") for name, _ in itertools.groupby(threads)] == [False, True]
+    assert set(tiles.ledger.covered()) == {first.name, second.name}
+
+
+@pytest.mark.parametrize("made_room", [False, True], ids=["before", "after it made room"])
+def test_a_tile_that_fails_lets_the_next_one_go_on(tmp_path: Path, made_room: bool) -> None:
+    sizes = Sizes(tile=(2, 3))
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles = context(planned, str(tmp_path / "cube.zarr"))
+    first, second, *_ = planned.layout.tiles
+    room = threading.Event()
+
+    def cancelled() -> None:
+        if room.is_set() == made_room:
+            raise RankError(Failure("cancelled", "cancelled"))
+
+    with pytest.raises(RankError, match="cancelled"):
+        compute_tile(tiles, first, cancelled, room.set)
+    compute_tile(tiles, second)
+    assert list(tiles.ledger.covered()) == [second.name]
 
 
 MEASURE = """
