@@ -6,6 +6,7 @@ Inside the loop the cell is the last axis, so that laws work on contiguous vecto
 and found again on disk by the next one.
 """
 
+import hashlib
 import os
 import shutil
 import socket
@@ -191,17 +192,35 @@ def compiled_width(n_cells: int, wanted: int | None) -> int:
 
 
 @contextmanager
-def one_compiles() -> Iterator[None]:
+def one_compiles(what: str) -> Iterator[None]:
     """Of the processes of a user on a host, one compiles at a time; the next finds its code on disk.
 
-    Only to save work: whoever cannot lock, or waits too long, compiles for itself.
+    What was compiled before is loaded by all of them at once. Only to save work: whoever cannot lock, or
+    waits too long, compiles for itself.
+
+    Args:
+        what: tells apart what is compiled within.
     """
+    made = code_folder() / f"made-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
     name = f"h2mv_dist-{os.getuid()}-{socket.gethostname()}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     # a timeout is one, too
     with suppress(OSError):
-        lock.acquire(timeout=LOCK_SECONDS)
+        if not made.exists():
+            lock.acquire(timeout=LOCK_SECONDS)
     try:
+        if made.exists():
+            lock.release()
         yield
+        with suppress(OSError):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.touch()
     finally:
         lock.release()
+
+
+def code_folder() -> Path:
+    """Where this machine keeps what we compile, beside what torch compiles."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "h2mv_dist"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from h2mv_dist.model.days import compiler
+from h2mv_dist.model.days import code_folder, compiler
 
 SOURCE: Final = Path(__file__).with_suffix(".cpp")
 PANEL: Final = 4
@@ -199,11 +199,9 @@ def _load() -> None:
     Raises:
         OSError: it cannot be compiled, or loaded.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     command = _command()
     content = repr((command, torch.__version__)).encode() + SOURCE.read_bytes()
-    code = Path(cache_dir()) / "h2mv_dist" / f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
+    code = code_folder() / f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
     try:
         torch.ops.load_library(code)
     except OSError:

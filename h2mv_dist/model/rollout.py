@@ -7,6 +7,7 @@ import torch
 
 from h2mv_dist.model.base import Batch, ProcessModel, State, detach
 from h2mv_dist.model.days import BLOCK_DAYS, one_compiles
+from h2mv_dist.version import __version__
 
 USUAL_CELLS: Final = 256
 """What code for an open number of cells is made for."""
@@ -30,7 +31,7 @@ def spin_up(model: ProcessModel, batch: Batch, n_days: int | None, keep: Collect
 
 
 def warm_up(model: ProcessModel, keep: Collection[str] | None, *, gradient: bool = False) -> None:
-    """Have a compiled model's blocks compiled; the processes of a machine do it one after the other.
+    """Have a compiled model's blocks compiled, by one process of a machine at a time, or loaded.
 
     Args:
         model: compiled.
@@ -45,8 +46,13 @@ def warm_up(model: ProcessModel, keep: Collection[str] | None, *, gradient: bool
         weight.new_zeros(n_cells, len(model.scaler.static.mean)),
         {},
     )
-    with one_compiles():
-        spin_up(model, batch, None, keep if keep is not None else model.spec.daily)
+    names = keep if keep is not None else model.spec.daily
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    made_for = (type(model).__qualname__, shapes, weight.dtype, n_cells, sorted(names), gradient)
+    here = (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    made_by = (__version__, torch.__version__, BLOCK_DAYS, here)
+    with one_compiles(repr((made_for, made_by))):
+        spin_up(model, batch, None, names)
         if gradient:
             outputs = model(batch, model.initial_state(n_cells), keep).daily.values()
             torch.autograd.grad(sum(values.sum() for values in outputs), weight, allow_unused=True)

@@ -3,7 +3,11 @@
 import operator
 import os
 import sysconfig
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,46 @@ def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
             with torch.no_grad():
                 batch = builders.batch(n_cells=n_cells, n_days=11)
                 model(batch, model.initial_state(n_cells), KEPT)
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine of its own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_one_compiles_at_a_time() -> None:
+    inside, most = list[str](), list[int]()
+
+    def compiling(what: str) -> None:
+        with days.one_compiles(what):
+            inside.append(what)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(what)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(compiling, "abc"))
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_what_was_compiled_before_is_loaded_by_all_at_once() -> None:
+    with pytest.raises(RuntimeError, match="no compiler"), days.one_compiles("a"):
+        raise RuntimeError("no compiler")
+    assert not days.code_folder().exists()
+    with days.one_compiles("a"):
+        pass
+    all_inside = threading.Barrier(3, timeout=60)
+
+    def loading(what: str) -> None:
+        with days.one_compiles(what):
+            all_inside.wait()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(loading, "aaa"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
