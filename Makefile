@@ -73,6 +73,8 @@ bench: $(READY)
 
 # inference from object store to object store, a worker's memory, and the stores themselves; takes long
 bench-io: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io --members 10 --resolution 2 --tile 30 --years 3 \
+	    --outputs evapotranspiration runoff terrestrial_water_storage fapar
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io --members 10 --resolution 2 --tile 30
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks io memory stores
 

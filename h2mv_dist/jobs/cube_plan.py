@@ -110,7 +110,7 @@ class CubePlan:
         cells, box = int(mask[tile.slices].sum()), math.prod(tile.shape)
         days, members = min(layout.shard_days, self.layout.period.n_days), len(layout.members)
         of_tile = TileForcing(self.source, tile, self.layout.period, layout.shard_days)
-        # the next tile reads while the last block of this one is computed
+        # its next tile reads while the last block of this one is computed
         forcing = of_tile.n_bytes + (of_tile.n_bytes_left if len(layout.tiles) > 1 else 0)
         # as read, in the models, stacked, and what a pass makes of them
         weights = 4 * sum(t.nbytes for checkpoint in self.checkpoints for t in checkpoint.tensors.values())

@@ -221,8 +221,9 @@ class Coordinator(SchedulerPlugin):
             turn = self.queue.pop(0)
             seats = self.health.usable(self._seats(), turn.unit.ranks)
             chosen = choose_seats((s for s in seats if self._is_free(s)), turn.unit.ranks)
-            if chosen is None and turn.unit.overlaps:
-                chosen = choose_seats((s for s in seats if self._has_room(s)), turn.unit.ranks)
+            # the last units are left to the workers that are free first
+            if chosen is None and turn.unit.overlaps and len(self.queue) >= len(seats):
+                chosen = choose_seats((s for s in seats if self._has_room(s, turn.job)), turn.unit.ranks)
             if chosen is not None:
                 if turn.unit.neighbourhood:
                     turn = self._near(turn, chosen[0])
@@ -264,10 +265,10 @@ class Coordinator(SchedulerPlugin):
     def _is_free(self, seat: Seat) -> bool:
         return seat.address not in self.leases and not self.scheduler.workers[seat.address].processing
 
-    def _has_room(self, seat: Seat) -> bool:
-        """Whether a worker does nothing but end a unit that makes room for another one."""
+    def _has_room(self, seat: Seat, job: Job) -> bool:
+        """Whether a worker does nothing but end a unit that makes room for another one of its job."""
         gangs = self.leases.get(seat.address, [])
-        if len(gangs) != 1 or not gangs[0].makes_room:
+        if len(gangs) != 1 or not gangs[0].makes_room or gangs[0].job != job.id:
             return False
         known = {gangs[0].key(rank) for rank in range(len(gangs[0].seats))}
         return known.issuperset(task.key for task in self.scheduler.workers[seat.address].processing)

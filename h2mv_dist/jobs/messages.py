@@ -152,8 +152,11 @@ class Unit:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a worker may begin it while another unit of the kind is about to end there."""
-        return self.task == "tile"
+        """Whether a worker may begin it while another unit of the job is about to end there.
+
+        One that failed before might take the other one with it.
+        """
+        return self.task == "tile" and not self.failures
 
     @property
     def ended(self) -> bool:

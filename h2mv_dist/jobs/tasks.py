@@ -86,7 +86,10 @@ def cancellation_check() -> Callable[[], None]:
 
 
 def make_room(place: Place) -> None:
-    """Let this thread's worker begin another unit: what is left of this one leaves room for that."""
+    """Let this thread's worker begin another unit: what is left of this one leaves room for that.
+
+    Dask counts the thread no more: if the unit is cancelled, its worker is free before the thread has ended.
+    """
     secede()
     worker = get_worker()
     worker.log_event(ROOM, {"worker": worker.address, "gang": place.gang})

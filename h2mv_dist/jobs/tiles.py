@@ -55,9 +55,12 @@ class _Writer:
         self.latest = future = self.pool.submit(write)
         return future
 
-    def wait(self) -> None:
-        """Until it has nothing left to write, whatever became of it."""
-        wait([] if self.latest is None else [self.latest])
+    def has_written(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is left to write, whatever became of it; False if that takes longer."""
+        if self.latest is not None and wait([self.latest], seconds).not_done:
+            return False
+        self.latest = None  # its error would keep what could not be written
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,11 @@ class TileContext:
     snapshots: Snapshots
     computing: threading.Lock = field(default_factory=threading.Lock)
     writer: _Writer = field(default_factory=_Writer)
+
+    def be_left(self) -> None:
+        """Wait for what a tile that was cancelled is still at."""
+        with self.computing:
+            self.writer.has_written()
 
     def require_current(self) -> None:
         """Write nothing, and sign nothing, for a cube that is not the one any more that was planned with.
@@ -109,6 +117,8 @@ def _context(message: Message) -> TileContext:
     with _opening:
         if key not in _contexts:
             planned = plan_from_message(message)
+            for other in _contexts.values():
+                other.be_left()
             _contexts.clear()
             options = StorageOptions(message["storage_options"])
             _contexts[key] = open_context(planned, message["cube"], options)
@@ -238,6 +248,7 @@ class _TileRun:
             self._compute(missing)
         finally:
             self._end_turn()
+            self.simulation.forcing = None
             wait(self.writes)
         self._require_written()
 
@@ -256,7 +267,8 @@ class _TileRun:
             stretch = stretch or _Stretch(self.context, self.tile, block.start, self.require_wanted)
             carried, values = self.simulation.step(block, batch, carried)
             stretch.count(batch, values)
-            self.context.writer.wait()
+            while not self.context.writer.has_written(POLL_SECONDS):
+                self.require_wanted()
             self._require_written()
             stretch.blocks.append(self._hand_over(partial(stretch.write, block, values)))
             if block.stop in ends:
@@ -337,6 +349,7 @@ class _Stretch:
     def finish(self, carried: Carried) -> None:
         """Keep the states, then put the receipt, if all blocks were written."""
         blocks = tuple(block.result() for block in self.blocks)
+        self.require_wanted()
         self.context.require_current()
         layout, tile = self.context.plan.layout, self.tile.name
         if _is_whole(layout.period, carried.day, layout.shard_days):

@@ -348,7 +348,7 @@ class FoldRun:
         self.model.width = min(share, self.training.cells_at_once or share)
         if way.compiled:
             warm_up(self.model, self.loss.reads, gradient=True)
-            # ranks of a host compile in turn; collectives would not wait that long
+            # ranks of a host compile in turn what is new; collectives would not wait that long
             self.store.add("compiled", 1)
             while self.store.add("compiled", 0) < self.ranks.world:
                 time.sleep(POLL_SECONDS)

@@ -197,10 +197,11 @@ def test_a_tile_that_fails_lets_the_next_one_go_on(tmp_path: Path, made_room: bo
     planned = plan(str(tmp_path / "data"), sizes)
     tiles = context(planned, str(tmp_path / "cube.zarr"))
     first, second, *_ = planned.layout.tiles
-    room = threading.Event()
+    room, asked = threading.Event(), itertools.count(1)
 
     def cancelled() -> None:
-        if room.is_set() == made_room:
+        # not the first time: it has its turn then
+        if room.is_set() == made_room and next(asked) >= 3:
             raise RankError(Failure("cancelled", "cancelled"))
 
     with pytest.raises(RankError, match="cancelled"):
@@ -209,8 +210,24 @@ def test_a_tile_that_fails_lets_the_next_one_go_on(tmp_path: Path, made_room: bo
     assert list(tiles.ledger.covered()) == [second.name]
 
 
+def test_a_tile_that_waits_for_its_turn_can_be_cancelled(tmp_path: Path) -> None:
+    sizes = Sizes()
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles, asked = context(planned, str(tmp_path / "cube.zarr")), itertools.count(1)
+
+    def cancelled() -> None:
+        if next(asked) >= 4:
+            raise RankError(Failure("cancelled", "cancelled"))
+
+    with tiles.computing, pytest.raises(RankError, match="cancelled"):
+        compute_tile(tiles, planned.layout.tiles[0], cancelled)
+    compute_tile(tiles, planned.layout.tiles[0])
+    assert list(tiles.ledger.covered()) == [planned.layout.tiles[0].name]
+
+
 MEASURE = """
-import json, sys
+import json, sys, threading
 import torch
 from h2mv_dist.jobs.memory import keep_freed_memory
 from h2mv_dist.jobs.tiles import compute_tile
@@ -229,7 +246,12 @@ compute_tile(context(warm, f"{folder}/warm.zarr"), warm.layout.tiles[0])
 planned = plan(f"{folder}/large", large)
 tiles = context(planned, f"{folder}/cube.zarr")
 before = status_bytes("VmRSS")
-compute_tile(tiles, planned.layout.tiles[0])
+first, *others = planned.layout.tiles
+# a second tile begins as on a worker
+threads = [threading.Thread(target=compute_tile, args=(tiles, tile)) for tile in others]
+compute_tile(tiles, first, make_room=lambda: [thread.start() for thread in threads])
+for thread in threads:
+    thread.join()
 print(json.dumps([planned.tile_bytes(), status_bytes("VmHWM") - before]))
 """
 
@@ -242,8 +264,9 @@ print(json.dumps([planned.tile_bytes(), status_bytes("VmHWM") - before]))
         Sizes(shape=(24, 30), n_days=150, chunk=(150, 12, 15), tile=(24, 30), shard_days=75, members=4),
         Sizes(shape=(20, 20), n_days=240, chunk=(60, 20, 20), tile=(20, 20), shard_days=120, hidden=100),
         Sizes(shape=(60, 60), n_days=730, chunk=(365, 20, 20), tile=(60, 60), shard_days=5, members=1),
+        Sizes(shape=(40, 80), n_days=365, chunk=(365, 20, 20), tile=(40, 40), shard_days=73, members=1),
     ],
-    ids=["many members", "a large network", "much forcing"],
+    ids=["many members", "a large network", "much forcing", "tiles that overlap"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_projected_memory_is_what_is_measured(tmp_path: Path, large: Sizes) -> None:
