@@ -237,7 +237,8 @@ class Coordinator(SchedulerPlugin):
     def _near(self, first: _Turn, seat: Seat) -> _Turn:
         """The turn of ``first``, or of another unit of its job that is nearer to what a worker did last."""
         same = (t for t in self.queue if t.job is first.job and t.unit.ranks == first.unit.ranks)
-        turns = [first, *(turn for turn in same if turn.unit.neighbourhood)]
+        alike = (t for t in same if t.unit.overlaps == first.unit.overlaps)
+        turns = [first, *(turn for turn in alike if turn.unit.neighbourhood)]
         last = self.neighbourhoods.pop(seat.address, "")
         named = [turn.unit.neighbourhood for turn in turns]
         near = turns[choose_unit(named, last, self.neighbourhoods.values())]

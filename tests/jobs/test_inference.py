@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -412,7 +413,7 @@ def test_a_worker_begins_a_tile_while_it_ends_another(
             wait_until(lambda: not tiles_of_workers(handle), "the end of all tiles")
     finally:
         gate.touch()
-        client.run(write_again)
+        client.run(mock.patch.stopall)
     if cancelled:
         assert {unit["state"] for unit in handle.status()["units"]} == {"cancelled"}
         infer(client, settings, job, cube)
@@ -429,12 +430,7 @@ def hold_writes(gate: str) -> None:
         return write(sink, *values)
 
     write = Sink.write
-    Sink.held, Sink.write = write, held  # type: ignore[assignment, attr-defined, method-assign]
-
-
-def write_again() -> None:
-    """On a worker: undo :func:`hold_writes`."""
-    Sink.write = Sink.held  # type: ignore[attr-defined, method-assign]
+    mock.patch.object(Sink, "write", held).start()
 
 
 def tiles_of_workers(handle: JobHandle) -> Counter[str]:

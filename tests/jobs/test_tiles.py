@@ -200,7 +200,7 @@ def test_a_tile_that_fails_lets_the_next_one_go_on(tmp_path: Path, made_room: bo
     room, asked = threading.Event(), itertools.count(1)
 
     def cancelled() -> None:
-        # not the first time: it has its turn then
+        # twice it is asked before it has its turn
         if room.is_set() == made_room and next(asked) >= 3:
             raise RankError(Failure("cancelled", "cancelled"))
 
