@@ -4,7 +4,6 @@ A handle gives [time, *space], [*space] or [*space, feature], float32; ``space``
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -29,8 +28,8 @@ from h2mv_dist.spec import Float32Array
 
 _VALUES_AT_ONCE: Final = 2**21
 """Of a static array, if its chunks hold no more."""
-DECODING_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)
-"""In which zarr unpacks chunks: those of asyncio."""
+_BEYOND_BYTES: Final = 64 * 2**20
+"""Of chunks that are larger than their box; with more of them, arrays are read one after the other."""
 
 
 class Touched(NamedTuple):
@@ -55,6 +54,11 @@ class Beyond(NamedTuple):
 
     held: int
     n_bytes: int
+
+    @property
+    def in_memory(self) -> int:
+        """Most bytes of all of them: as received, and unpacked."""
+        return 2 * self.held * self.n_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,18 +149,25 @@ class Handle:
         return np.asarray(stored % self.chunks[0] == 0)
 
 
-def bytes_beyond(arrays: Sequence[Beyond], threads: int) -> int:
-    """Most bytes that chunks of several arrays take beyond their box: all as stored, some of them unpacked.
+def arrays_at_once(arrays: Sequence[Beyond]) -> int:
+    """How many of several arrays are read at the same time: all, or one where their chunks are large.
 
-    Args:
-        arrays: read at the same time.
-        threads: that unpack chunks.
-
-    >>> bytes_beyond([Beyond(held=10, n_bytes=8), Beyond(held=1, n_bytes=4)], threads=6)
-    132
+    >>> arrays_at_once([Beyond(held=10, n_bytes=2**10), Beyond(held=10, n_bytes=2**20)])
+    2
+    >>> arrays_at_once([Beyond(held=10, n_bytes=2**22), Beyond(held=10, n_bytes=2**20)])
+    1
     """
-    unpacked = min(sum(array.held for array in arrays), threads)
-    return sum(array.held * array.n_bytes for array in arrays) + unpacked * max(a.n_bytes for a in arrays)
+    return len(arrays) if sum(array.in_memory for array in arrays) <= _BEYOND_BYTES else 1
+
+
+def bytes_beyond(arrays: Sequence[Beyond]) -> int:
+    """Most bytes that chunks of several arrays take beyond their box, read as :func:`arrays_at_once` says.
+
+    >>> bytes_beyond([Beyond(held=10, n_bytes=8), Beyond(held=1, n_bytes=4)])
+    168
+    """
+    largest = sorted((array.in_memory for array in arrays), reverse=True)
+    return sum(largest[: arrays_at_once(arrays)])
 
 
 def contents_of(handles: Sequence[Handle]) -> list[str]:

@@ -19,9 +19,10 @@ from h2mv_dist.config import DataSettings, StorageOptions, canonical_json
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import BoolArray, Grid, Period, Tile, as_date
 from h2mv_dist.io.handles import (
-    DECODING_THREADS,
+    Beyond,
     Handle,
     Touched,
+    arrays_at_once,
     bytes_beyond,
     contents_of,
     fixed_values,
@@ -87,8 +88,10 @@ class Source:
 
     def bytes_beyond(self, tile: Tile, period: Period) -> int:
         """Most bytes of forcing from outside a tile and some days in memory while these are read."""
-        box = (self._days(period), *tile.slices)
-        return bytes_beyond([handle.beyond(*box) for handle in self.arrays.forcing], DECODING_THREADS)
+        return bytes_beyond(self._beyond((self._days(period), *tile.slices)))
+
+    def _beyond(self, box: tuple[slice, ...]) -> list[Beyond]:
+        return [handle.beyond(*box) for handle in self.arrays.forcing]
 
     def read_forcing(self, tile: Tile, period: Period) -> Float32Array:
         """Forcing of a tile, [time, *tile.shape, var]; sea may hold anything.
@@ -113,7 +116,8 @@ class Source:
     def _read_forcing(self, tile: Tile, period: Period) -> Iterator[Float32Array]:
         """One variable after the other, [time, *tile.shape]."""
         self._check_tile(tile)
-        parts = _read_each(self.arrays.forcing, (self._days(period), *tile.slices))
+        box = (self._days(period), *tile.slices)
+        parts = _read_each(self.arrays.forcing, box, arrays_at_once(self._beyond(box)))
         for name, part in zip(self.forcing, parts, strict=True):
             self._check_forcing(name, part, tile, period)
             yield part
@@ -126,7 +130,7 @@ class Source:
             StoreError: the store cannot be read.
         """
         self._check_tile(tile)
-        parts = _read_each(self.arrays.static, tile.slices)
+        parts = _read_each(self.arrays.static, tile.slices, len(self.arrays.static))
         values = np.concatenate([part.reshape(*tile.shape, -1) for part in parts], axis=-1)
         bad = ~np.isfinite(values) & self.grid.mask[tile.slices][..., None]
         if bad.any():
@@ -142,7 +146,7 @@ class Source:
         """
         self._check_tile(tile)
         handles = [target.handle for target in self.arrays.targets.values()]
-        parts = list(_read_each(handles, (slice(None), *tile.slices)))
+        parts = list(_read_each(handles, (slice(None), *tile.slices), len(handles)))
         for name, part in zip(self.targets, parts, strict=True):
             self._check_target(name, part, tile)
         return MappingProxyType(dict(zip(self.targets, parts, strict=True)))
@@ -341,10 +345,10 @@ def open_source(
     )
 
 
-def _read_each(handles: Sequence[Handle], box: tuple[slice, ...]) -> Iterator[Float32Array]:
-    """Read the same box of several arrays at once; hand them out in their order, and let go of each."""
+def _read_each(handles: Sequence[Handle], box: tuple[slice, ...], at_once: int) -> Iterator[Float32Array]:
+    """Read the same box of several arrays; hand them out in their order, and let go of each."""
     if handles:
-        with ThreadPoolExecutor(len(handles), "h2mv-read") as pool:
+        with ThreadPoolExecutor(at_once, "h2mv-read") as pool:
             yield from pool.map(lambda handle: handle.read(*box), handles)
 
 

@@ -1,5 +1,6 @@
 """Reading boxes: one suite over folders, memory and a real object store; each chunk once, several at once."""
 
+import itertools
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from h2mv_dist.config import DataSettings, StorageOptions, VariableSource
 from h2mv_dist.errors import DataError, StoreError
 from h2mv_dist.grid import Period, Tile
+from h2mv_dist.io import handles
 from h2mv_dist.io import stores as stores_module
 from h2mv_dist.io.fast_reads import with_fast_reads
 from h2mv_dist.io.source import Source, open_source
@@ -183,6 +185,26 @@ def test_aligned_tiles_read_each_chunk_once_and_several_at_once(counting: Place)
         assert set(counts.values()) == {1}, group
         assert len(counts) == 2 * 2 * 2
     assert CountingFileSystem.most_at_once >= 3
+
+
+def test_arrays_of_large_chunks_come_one_after_the_other(
+    counting: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, attributes = published()
+    write(counting, arrays, attributes=attributes)
+    source = open_published(counting)
+    (first, *_), period = source.grid.tiles((2, 2)), source.period
+    together = source.bytes_beyond(first, period)
+    assert (
+        together
+        == 3 * 2 * 2 * source.arrays.forcing[0].beyond(slice(0, period.n_days), *first.slices).n_bytes
+    )
+    monkeypatch.setattr(handles, "_BEYOND_BYTES", together - 1)
+    assert source.bytes_beyond(first, period) == together / 3
+    forget_reads()
+    source.read_forcing(first, period)
+    read = [path.split("/")[2] for path in CountingFileSystem.reads if "/data/c/" in path]
+    assert [group for group, _ in itertools.groupby(read)] == ["rn", "prec", "tair"]
 
 
 def test_a_box_holds_whole_shards(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from h2mv_dist.grid import Period, as_date
-from h2mv_dist.io import source, tile_forcing
+from h2mv_dist.io import tile_forcing
 from h2mv_dist.io.cube import Progress
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.tile_forcing import TileForcing
@@ -149,13 +149,12 @@ def test_months_are_objects_too(tmp_path: Path) -> None:
     assert forecast(appended(monthly, cube, 10), cube, NO_OPTIONS).objects == n_tiles * arrays * (1 + 1)
 
 
-def test_maps_on_their_way_take_memory(counting: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "DECODING_THREADS", 6)
+def test_maps_on_their_way_take_memory(counting: Place) -> None:
     sizes = Sizes(shape=(40, 60), tile=(4, 6), n_days=20, shard_days=10, members=1)
     fitting, maps = (
         planned(Place(f"{counting.url}-{name}", NO_OPTIONS), replace(sizes, chunk=chunk))
         for name, chunk in (("fitting", (10, 4, 6)), ("maps", (1, 40, 60)))
     )
-    beyond = (3 * 10 + 6) * (prod(sizes.shape) - prod(sizes.tile)) * FLOAT_BYTES
+    beyond = 2 * 3 * 10 * (prod(sizes.shape) - prod(sizes.tile)) * FLOAT_BYTES
     assert maps.tile_bytes() - fitting.tile_bytes() == beyond
     assert forecast(maps, "memory://cube", NO_OPTIONS).memory == maps.tile_bytes()
