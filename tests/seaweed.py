@@ -23,7 +23,7 @@ ACCESS_KEY = "testkey"
 READERS_KEY = "readerskey"
 """Of a user who may list and read, but not write; with the same secret."""
 SECRET = "testsecret-canary"
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_a_full_store_is_waited_for(
         handle = start(client, settings, trained, cube, fault_proxy.options)
         some_receipts(cube, s3_server.options)
         fault_proxy.proxy.share({"full": 1.0}, methods=("PUT", "POST"))
-        wait_until(lambda: fault_proxy.proxy.faults["full"] >= 4, "writes that are refused", seconds=60)
+        wait_until(lambda: fault_proxy.proxy.faults["full"] >= 4, "writes that are refused")
         fault_proxy.proxy.share({})
         handle.wait()
     assert Made.at(cube, s3_server.options) == undisturbed
@@ -277,7 +277,7 @@ def test_a_straggler_and_its_successor_write_the_same(
     proxy.plan("stall", 2, "PUT", "/runoff/c/")
     with steady.client() as one, own.client() as other:
         straggler = start(other, settings, trained, cube, options)
-        wait_until(lambda: proxy.faults["stall"] == 2, "writes that hang", seconds=120)
+        wait_until(lambda: proxy.faults["stall"] == 2, "writes that hang")
         start(one, settings, trained, cube, options).wait()
         straggler.wait()
     assert [path for path, times in proxy.puts.items() if "/runoff/c/" in path and times > 1]

@@ -74,7 +74,7 @@ def test_a_worker_is_killed_with_its_nanny(
         seat = seat_of(fold, 0)
         nanny, worker, rank = family = own.workers[seat.name].family
         send(signal.SIGKILL, (nanny, worker))
-        wait_until(lambda: not is_alive(rank), "the end of an orphan", seconds=10)
+        wait_until(lambda: not is_alive(rank), "the end of an orphan")
         job.wait()
     assert not any(map(is_alive, family))
     assert_recovered(fold, reference)
@@ -109,7 +109,7 @@ def test_the_client_is_killed(
     with train(steady, tmp_path / "client.log", settings, "--job", folder.url) as client:
         under_way(fold)
         client.kill()
-        assert client.wait(10) == -signal.SIGKILL
+        assert client.wait(START_SECONDS) == -signal.SIGKILL
     assert fold.done() is None
     wait_for_the_end(folder)
     assert fold.state().attempt == 1, "a client is not needed"

@@ -146,7 +146,7 @@ def staging(source: Source, directory: Path, first: str = "") -> list[str]:
 def test_processes_that_stage_at_once_agree(source: Source, tmp_path: Path) -> None:
     command = staging(source, tmp_path / "cache")
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    printed = {run.communicate(timeout=60)[0].strip() for run in runs}
+    printed = {run.communicate(timeout=200)[0].strip() for run in runs}
     assert all(run.returncode == 0 for run in runs)
     assert len(printed) == 1
     check(open_staged(Path(printed.pop())), source)
@@ -161,7 +161,7 @@ def test_what_a_killed_process_left_is_removed(source: Source, tmp_path: Path) -
     """Folders of another key or another host may be in use: the lock is not theirs."""
     directory = tmp_path / "cache"
     killed = "import os; from h2mv_dist.io import cache\ncache._meta = lambda _: os.kill(os.getpid(), 9)"
-    run = subprocess.run(staging(source, directory, killed), capture_output=True, timeout=60, check=False)
+    run = subprocess.run(staging(source, directory, killed), capture_output=True, timeout=200, check=False)
     assert run.returncode == -signal.SIGKILL
     (unfinished,) = left_overs(directory)
     key = unfinished[1:].split(".")[0]

@@ -87,7 +87,7 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
 
     for item in one_ahead(items()):
         if item < 2:
-            assert made[item + 1].wait(10)
+            assert made[item + 1].wait(100)
 
 
 def test_a_gap_in_the_forcing_reaches_the_reader(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
+"""Limits only end what hangs: a busy machine may take a while for what is no failure."""
 
 
 def wait_until(

@@ -11,7 +11,7 @@ from distributed import Client
 
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.messages import job_id
-from tests.jobs.processes import process, wait_until
+from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,5 +75,5 @@ def test_a_cluster_is_stopped_by_another_process(tmp_path: Path) -> None:
         wait_until(file.exists, "the scheduler's file", log)
         stopped = run("cluster", "stop", "--address", json.loads(file.read_text())["address"])
         assert stopped.returncode == 0, stopped.stderr
-        assert started.wait(60) == 0
+        assert started.wait(START_SECONDS) == 0
     assert not file.exists()

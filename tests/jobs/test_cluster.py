@@ -422,8 +422,8 @@ def test_cluster_start_keeps_workers_until_told_to_stop(number: signal.Signals, 
         family = psutil.Process(started.pid).children(recursive=True)
         # Ctrl-C reaches every process of the terminal, a batch system's SIGTERM only the first
         (os.killpg if number == signal.SIGINT else os.kill)(started.pid, number)
-        assert started.wait(30) == 0, log.read_text()
-    assert not psutil.wait_procs(family, timeout=5)[1]
+        assert started.wait(START_SECONDS) == 0, log.read_text()
+    assert not psutil.wait_procs(family, timeout=START_SECONDS)[1]
     assert not file.exists()
     # a busy machine may make Dask warn of a worker that takes its time
     assert "stopping\n" in log.read_text()
@@ -434,7 +434,7 @@ def test_cluster_start_refuses_gpus_where_there_are_none(tmp_path: Path) -> None
     with process(
         tmp_path / "log", "h2mv_dist.cli", "cluster", "start", "--cuda", CUDA_VISIBLE_DEVICES=""
     ) as started:
-        assert started.wait(60) == 2
+        assert started.wait(START_SECONDS) == 2
     output = (tmp_path / "log").read_text()
     assert "there is no GPU to use" in output
     assert "Traceback" not in output

@@ -44,7 +44,7 @@ from h2mv_dist.variables import GROUPS
 from tests.faults.conftest import settings_file
 from tests.faults.processes import is_alive
 from tests.jobs.conftest import NO_OPTIONS, small_settings
-from tests.jobs.processes import process, wait_until
+from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
 def infer(client: Client, settings: Settings, job: str, cube: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_batch_system_ends_the_command_and_its_workers(
         wait_until(lambda: len(list(ledger.rglob("*.json"))) > 3, "some tiles", log, seconds=180)
         workers = psutil.Process(stopped.pid).children(recursive=True)
         stopped.send_signal(signal.SIGTERM)
-        assert stopped.wait(60) == 143, log.read_text()
+        assert stopped.wait(START_SECONDS) == 143, log.read_text()
     wait_until(lambda: not any(map(is_alive, workers)), "the end of all workers", log)
     assert "the job stops with its cluster; go on with: the same command" in log.read_text()
     assert "h2mv_dist/" not in log.read_text(), "a traceback of ours"

@@ -45,7 +45,7 @@ def failures(store: dist.Store, problem: Exception | None, **changed: Any) -> li
 @pytest.fixture
 def store() -> dist.Store:
     made = dist.HashStore()
-    made.set_timeout(timedelta(seconds=10))
+    made.set_timeout(timedelta(seconds=100))
     return made
 
 

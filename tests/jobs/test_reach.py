@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +22,7 @@ from h2mv_dist.jobs.training import submit_training
 from tests.conftest import Place as StorePlace
 from tests.conftest import free_port
 from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.processes import wait_until
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def test_one_worker_that_hangs_holds_up_nobody(
     pid = client.run(os.getpid, workers=[stopped])[stopped]
     os.kill(pid, signal.SIGSTOP)
     try:
-        # the others are heard of in the meantime
-        time.sleep(2.5)
+        wait_until(lambda: reach._one_worker_a_host(client) != (stopped,), "word from another worker")
         assert reach.require_shared(client, folder) == folder.token()
         monkeypatch.setattr(reach, "ANSWER_SECONDS", 1.0)
         monkeypatch.setattr(reach, "_one_worker_a_host", lambda _: (stopped,))

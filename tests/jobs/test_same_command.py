@@ -19,7 +19,7 @@ from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
-from tests.jobs.processes import process, wait_until
+from tests.jobs.processes import START_SECONDS, process, wait_until
 from tests.jobs.test_inference import contents, infer
 
 CUBE: Any = {"outputs": ["runoff"], "folds": [0]}
@@ -78,7 +78,7 @@ def test_it_watches_and_touches_nothing(
     with running(client, kind, place), process(log, "h2mv_dist.cli", *command) as watching:
         wait_until(lambda: "endless: queued" in log.read_text(), "a watcher", log)
         watching.send_signal(number)
-        assert watching.wait(30) == code
+        assert watching.wait(START_SECONDS) == code
     assert "the job is running already" in log.read_text()
     assert "the job goes on; watch it with: the same command" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -96,7 +96,7 @@ def test_what_would_change_the_cube_is_refused(
         running(client, "infer", cube),
         process(log, "h2mv_dist.cli", *command, "--address", scheduler_address(client)) as refused,
     ):
-        assert refused.wait(60) == 2
+        assert refused.wait(START_SECONDS) == 2
     assert "already running on this scheduler; wait for it, or cancel it first" in log.read_text()
     assert contents(cube.parent) == before
 

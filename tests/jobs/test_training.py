@@ -24,7 +24,7 @@ from h2mv_dist.jobs.tasks import TOPIC, cancellation_check
 from h2mv_dist.jobs.training import cancel_jobs, submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
-from tests.jobs.processes import process, wait_until
+from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
 def train(client: Client, world_url: str, cache: Path, folder: Path, **training: object) -> JobFolder:
@@ -207,7 +207,7 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
         wait_until(lambda: "fold-00: running, epoch" in log.read_text(), "a watcher", log)
         assert "the job is running already" in log.read_text()
         app(["jobs", "cancel", url, *address], standalone_mode=False)
-        assert watching.wait(30) == 2
+        assert watching.wait(START_SECONDS) == 2
     assert "was cancelled" in log.read_text()
     assert handle.status()["cancelled"]
     for known in (url, "/never/submitted"):
