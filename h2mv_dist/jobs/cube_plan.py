@@ -176,6 +176,8 @@ def plan_inference(
     longer = append or since is not None
     if known and COMPACTED in known and (longer or not settings.inference.overwrite):
         raise _filled_by_compact(cube, known)
+    if longer:
+        settings = _kept(settings)
     if since is None:
         planned = _plan(settings, training_folder, options, known, append=append)
     else:
@@ -197,11 +199,14 @@ def _plan_since(
     """Of a cube as it will be once it is rolled back."""
     there = read_cube(cube, options)
     shorter = {**(known or {}), **rolled_back(cube, there, since, options).attributes()}
-    kept = settings.model_copy(
-        update={"inference": settings.inference.model_copy(update={"overwrite": False})}
-    )
-    planned = _plan(kept, training_folder, options, shorter, append=True)
+    planned = _plan(settings, training_folder, options, shorter, append=True)
     return replace(planned, before=there.progress)
+
+
+def _kept(settings: Settings) -> Settings:
+    """What makes a cube longer never replaces it, whatever differs."""
+    inference = settings.inference.model_copy(update={"overwrite": False})
+    return settings.model_copy(update={"inference": inference})
 
 
 def plan_from_message(message: Mapping[str, Any]) -> CubePlan:
@@ -315,7 +320,8 @@ def _target(settings: Settings, source: Source, progress: Progress | None, appen
         return wanted
     _within(progress.intended, source.period, "the cube's days")
     if append:
-        return _appended(progress, wanted, settings.inference.shard_days, source.arrays.uneven)
+        _require_no_gap(settings.inference.period, progress)
+        return _appended(progress, wanted, settings, source)
     if settings.inference.period is None:
         return progress.intended
     if wanted.stop > progress.intended.stop:
@@ -326,8 +332,23 @@ def _target(settings: Settings, source: Source, progress: Progress | None, appen
     return Period(wanted.start, progress.intended.stop)
 
 
-def _appended(progress: Progress, wanted: Period, shard_days: int, late: str) -> Period:
+def _require_no_gap(chosen: Period | None, progress: Progress) -> None:
+    there = Period(progress.period.start, progress.intended.stop)
+    if chosen is not None and chosen.start not in (there.start, there.stop):
+        raise ConfigError(
+            describe(
+                "the days to append leave a gap, or overlap with the cube's",
+                where="inference.period",
+                expected=f"a start on {there.stop}, or on {there.start} with the cube's own days",
+                actual=str(chosen),
+                fix="leave it out to append all there is; --from DATE computes days anew",
+            )
+        )
+
+
+def _appended(progress: Progress, wanted: Period, settings: Settings, source: Source) -> Period:
     start, length = progress.period.start, progress.period.n_days
+    shard_days = settings.inference.shard_days
     require_finished(progress)
     if length % shard_days:
         raise JobError(
@@ -343,12 +364,29 @@ def _appended(progress: Progress, wanted: Period, shard_days: int, late: str) ->
     whole = (wanted.stop - start).days // shard_days * shard_days
     stop = max(as_date(progress.period.first + whole), progress.intended.stop)
     if stop <= progress.period.stop:
-        raise NothingNewError(
-            f"nothing to append: the cube is complete until {progress.period.stop} (that day excluded), the "
-            f"forcing ends {wanted.stop}{f' ({late})' if late else ''}, and days are appended {shard_days} "
-            "at a time"
-        )
+        raise _nothing_to_append(progress.period.stop, wanted, settings, source)
     return Period(start, stop)
+
+
+def _nothing_to_append(end: date, wanted: Period, settings: Settings, source: Source) -> Exception:
+    """Of days that may come, or, which a timer must not wait for, of days that the settings leave out."""
+    if wanted.stop < source.period.stop:
+        return ConfigError(
+            describe(
+                "nothing to append: the settings leave out the days behind the cube's",
+                where="inference.period",
+                expected=f"days after {end}; the forcing goes on until {source.period.stop}",
+                actual=str(settings.inference.period),
+                fix="leave it out; a cube that exists keeps its first day, its baseline and its spin-up",
+            )
+        )
+    late = f" ({source.arrays.uneven})" if source.arrays.uneven else ""
+    cut = settings.data.period is not None and settings.data.period.stop == source.period.stop
+    return NothingNewError(
+        f"nothing to append: the cube is complete until {end} (that day excluded), the forcing ends "
+        f"{source.period.stop}{', as data.period says' if cut else ''}{late}, and days are appended "
+        f"{settings.inference.shard_days} at a time"
+    )
 
 
 def _code_path(chosen: CodePath, cell_days: int, known: Mapping[str, str] | None) -> str:

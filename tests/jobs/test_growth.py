@@ -192,6 +192,42 @@ def show_days(world: Path, **days: int) -> None:
     file.write_text(json.dumps(document))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("2001-01-01..2001-01-11", r"the settings leave out the days(.|\n)*goes on until 2001-01-14"),
+        ("2001-01-12..2001-01-14", r"leave a gap, or overlap(.|\n)*a start on 2001-01-11"),
+        ("2001-01-05..2001-01-14", r"leave a gap, or overlap(.|\n)*a start on 2001-01-11"),
+    ],
+)
+def test_a_period_that_appends_nothing_or_leaves_a_gap_is_refused(
+    world_url: str, cache: Path, job: str, cube: Path, chosen: str, said: str
+) -> None:
+    """Not as days that are yet to come: a timer would wait for them for ever."""
+    settings = until(14, world_url, cache, period=chosen)
+    with pytest.raises(ConfigError, match=said):
+        plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
+
+
+@pytest.mark.parametrize("start", [FIRST, FIRST.replace(day=11)])
+def test_a_period_that_begins_where_the_cube_does_or_ends_is_appended(
+    world_url: str, cache: Path, job: str, cube: Path, start: date
+) -> None:
+    settings = until(14, world_url, cache, period=f"{start}..2001-01-13")
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
+    assert planned.layout.period == Period(FIRST, date(2001, 1, 13))
+
+
+def test_appending_never_replaces_a_cube(
+    client: Client, world_url: str, cache: Path, job: str, cube: Path
+) -> None:
+    before = objects(cube.parent)
+    other = until(14, world_url, cache, members="all", overwrite=True)
+    with pytest.raises(StoreError, match="nothing was touched"):
+        infer(client, other, job, cube, append=True)
+    assert objects(cube.parent) == before
+
+
 def test_a_late_variable_is_waited_for(
     client: Client,
     growing_world: Path,
