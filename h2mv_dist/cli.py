@@ -592,6 +592,8 @@ def _print_check(found: "CubeCheck", out: "Console" = console) -> None:
         out.print(f"largest gap of the water budget, from stored values: {found.residual:.2e} mm")
     for one in found.unbalanced[:10]:
         out.print(f"{one.tile} {one.period}: the water budget does not close", soft_wrap=True)
+    for one, count in list(found.not_finite.items())[:10]:
+        out.print(f"{one.tile} {one.period}: {count} values on land are not finite", soft_wrap=True)
 
 
 def _print_check_as_json(found: "CubeCheck") -> None:
@@ -605,6 +607,7 @@ def _print_check_as_json(found: "CubeCheck") -> None:
             "unseen": found.unseen,
             "residual": None if found.residual != found.residual else found.residual,
             "unbalanced": [f"{one.tile} {one.period}" for one in found.unbalanced],
+            "not_finite": {f"{one.tile} {one.period}": count for one, count in found.not_finite.items()},
         }
     )
 

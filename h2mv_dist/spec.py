@@ -42,8 +42,8 @@ class Budget:
     def residual(
         self, daily: Mapping[str, NDArray[np.float64]], before: NDArray[np.float64] | None = None
     ) -> float:
-        """Largest absolute gap on any day, mm; 0 where there is nothing to compare. See :meth:`gaps`."""
-        return float(self.gaps(daily, before).max(initial=0.0))
+        """Largest of :meth:`gaps`, see :func:`largest_gap`."""
+        return largest_gap(self.gaps(daily, before))
 
     def gaps(
         self, daily: Mapping[str, NDArray[np.float64]], before: NDArray[np.float64] | None = None
@@ -79,6 +79,15 @@ class Budget:
         both_days = errors[self.store][..., 1:, :] + errors[self.store][..., :-1, :]
         fluxes = (e[..., 1:, :] for n, e in errors.items() if n != self.store)
         return sum(fluxes, CLOSES_MM + both_days)
+
+
+def largest_gap(gaps: NDArray[np.float64]) -> float:
+    """The largest of those that are numbers, mm; 0 where there is none.
+
+    >>> largest_gap(np.array([0.25, np.nan, 0.5]))
+    0.5
+    """
+    return float(np.fmax.reduce(gaps, axis=None, initial=0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

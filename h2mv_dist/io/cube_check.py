@@ -38,6 +38,7 @@ class CubeCheck:
             NaN where they do not hold all of its terms.
         unbalanced: receipts of days with a gap beyond what storing explains, ``Budget.tolerance``; computing
             them again gives the same.
+        not_finite: receipt -> how many of its values on land are NaN or infinite; a member computed them.
     """
 
     sound: tuple[Covered, ...]
@@ -47,11 +48,13 @@ class CubeCheck:
     unseen: int
     residual: float
     unbalanced: tuple[Covered, ...]
+    not_finite: Mapping[Covered, int]
 
     @property
     def complete(self) -> bool:
-        """Whether everything is there and sound, and the budget closes."""
-        return not (self.missing or self.damaged or self.constants or self.unbalanced)
+        """Whether everything is there, sound and a number, and the budget closes."""
+        problems = (self.missing, self.damaged, self.constants, self.unbalanced, self.not_finite)
+        return not any(problems)
 
 
 def verify_cube(
@@ -78,20 +81,22 @@ def verify_cube(
     chosen = _chosen(seen, share, seed)
     tiles = {tile.name: tile for tile in layout.tiles}
 
-    def check(one: Covered, receipt: Receipt) -> tuple[str, Closure]:
-        return _problem(stored, tiles.get(one.tile), one, receipt), _closure(stored, tiles, one, budget)
+    def check(one: Covered, receipt: Receipt) -> tuple[str, Closure, int]:
+        problem = _problem(stored, tiles.get(one.tile), one, receipt)
+        return problem, _closure(stored, tiles, one, budget), receipt.missing
 
     with ThreadPoolExecutor(_AT_ONCE, "h2mv-check") as pool:
         found = dict(zip(chosen, pool.map(check, chosen, ledger.receipts(chosen)), strict=True))
-    residuals = [closure.residual for _, closure in found.values() if not math.isnan(closure.residual)]
+    residuals = [closure.residual for _, closure, _ in found.values() if not math.isnan(closure.residual)]
     return CubeCheck(
-        sound=tuple(one for one, (problem, _) in found.items() if not problem),
+        sound=tuple(one for one, (problem, *_) in found.items() if not problem),
         missing=tuple(_missing(layout, covered)),
-        damaged={one: problem for one, (problem, _) in found.items() if problem},
+        damaged={one: problem for one, (problem, *_) in found.items() if problem},
         constants=_constants_problem(stored, progress),
         unseen=len(receipts) - len(seen),
         residual=max(residuals, default=math.nan),
-        unbalanced=tuple(one for one, (_, closure) in found.items() if not closure.closes),
+        unbalanced=tuple(one for one, (_, closure, _) in found.items() if not closure.closes),
+        not_finite={one: count for one, (*_, count) in found.items() if count},
     )
 
 

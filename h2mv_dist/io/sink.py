@@ -21,7 +21,7 @@ from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
 from h2mv_dist.io.stores import ZarrArray, displayed, explained, open_store, with_shape, without_read_back
-from h2mv_dist.spec import Budget, Float32Array
+from h2mv_dist.spec import Budget, Float32Array, largest_gap
 
 Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 ARRAYS_AT_ONCE: Final = 4
@@ -201,7 +201,7 @@ class StoredValues:
         gaps = budget.gaps(daily)
         errors = {n: rounding_error(bits) for n, bits in self.layout.rounded.items() if n in budget.terms}
         allowed = budget.tolerance(daily, errors)
-        return Closure(float(gaps.max(initial=0.0)), not (gaps > allowed).any())
+        return Closure(largest_gap(gaps), not (gaps > allowed).any())
 
 
 class Closure(NamedTuple):
@@ -303,6 +303,8 @@ def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
     """Land cells [..., cell] put back into their tile [..., *space]; NaN over sea."""
     full = np.full((*packed.shape[:-1], *land.shape), np.nan, np.float32)
     full[..., land] = packed
+    # one NaN for all: a chunk of nothing else is not stored, and is read as the fill value
+    full[np.isnan(full)] = np.nan
     return full
 
 

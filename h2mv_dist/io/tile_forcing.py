@@ -4,10 +4,10 @@ It is read along the chunks of the source, so that a pass over time reads each o
 cut into the blocks that are asked for. A tile that is small enough is kept, and read once for all passes.
 """
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class TileForcing:
         # two parts are in memory in any case: one is used up while the next one is read
         self.keeps = self._packed(period.n_days) <= max(KEPT_BYTES, 2 * self._packed(self._longest.n_days))
         self._kept: dict[Period, Float32Array] = {}
+        self._ahead: Future[Any] | None = None
 
     def blocks(self, n_days: int) -> Iterator[Float32Array]:
         """The first ``n_days`` days in blocks of ``block_days``; the next is read while one is used.
@@ -45,7 +46,16 @@ class TileForcing:
             StoreError: the store cannot be read.
         """
         lengths = [min(self.block_days, n_days - first) for first in range(0, n_days, self.block_days)]
-        return one_ahead(recut(map(self._part, self.parts), lengths))
+        return one_ahead(recut(map(self._part, self.parts), lengths), self._note)
+
+    def require_readable(self) -> None:
+        """Raise what has become of the block that is read ahead, if that has failed by now.
+
+        Raises:
+            DataError, StoreError: as :meth:`blocks`.
+        """
+        if self._ahead is not None and self._ahead.done():
+            self._ahead.result()
 
     def begins(self, period: Period) -> bool:
         """Whether :meth:`blocks` can give the days of a period."""
@@ -67,6 +77,9 @@ class TileForcing:
         """Projected bytes that are still in memory while the last block is used."""
         days = self.period.n_days if self.keeps else self._longest.n_days
         return self._packed(days) + self._packed(min(self.block_days, self.period.n_days))
+
+    def _note(self, ahead: Future[Any]) -> None:
+        self._ahead = ahead
 
     def _part(self, part: Period) -> Float32Array:
         if part in self._kept:
@@ -111,10 +124,11 @@ def _joined(pieces: list[Float32Array]) -> Float32Array:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
 
-def one_ahead(items: Iterator[_T]) -> Iterator[_T]:
-    """The same items; while one is used, a thread makes the next one."""
+def one_ahead(items: Iterator[_T], begun: Callable[[Future[Any]], None]) -> Iterator[_T]:
+    """The same items; while one is used, a thread makes the next one, of which ``begun`` is told."""
     with ThreadPoolExecutor(1, "h2mv-ahead") as pool:
         waiting = pool.submit(next, items, None)
         while (item := waiting.result()) is not None:
             waiting = pool.submit(next, items, None)
+            begun(waiting)
             yield item

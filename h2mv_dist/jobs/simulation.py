@@ -224,6 +224,11 @@ class TileSimulation:
         values = Values(daily, static, months, max(residuals, default=None))
         return carried._replace(day=block.stop, state=state, sums=sums), values
 
+    def _before_part(self) -> None:
+        self.between()
+        if self.forcing is not None:
+            self.forcing.require_readable()
+
     def _months(
         self, block: Period, daily: Mapping[str, Float32Array], sums: Mapping[str, FloatArray]
     ) -> tuple[dict[str, FloatArray], dict[Period, dict[str, Float32Array]]]:
@@ -248,7 +253,7 @@ class TileSimulation:
         pieces = (batch.cells(*_ends(cells)).days(*_ends(days)) for cells, days in parts)
         after: list[State] = []
         for piece, (cells, days) in zip(self.transfer.ahead(pieces), parts, strict=True):
-            self.between()
+            self._before_part()
             before = tuple(values[:, cells] for values in state) if days.start == 0 else after.pop()
 
             def take(

@@ -85,7 +85,7 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
             event.set()
             yield item
 
-    for item in one_ahead(items()):
+    for item in one_ahead(items(), lambda _: None):
         if item < 2:
             assert made[item + 1].wait(100)
 

@@ -16,14 +16,17 @@ import pytest
 from dask.config import get
 
 from h2mv_dist.errors import JobError, StoreError
+from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io import tile_forcing
 from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import gaps
+from h2mv_dist.io.source import Source
 from h2mv_dist.jobs.cube_plan import FIRST_USE_BYTES
 from h2mv_dist.jobs.messages import Failure, RankError
 from h2mv_dist.jobs.tiles import compute_tile, finish_cube
 from h2mv_dist.model.base import State
 from h2mv_dist.model.ensemble import Ensemble
+from h2mv_dist.spec import Float32Array
 from tests.conftest import Place
 from tests.io.counting import chunk_reads, counting_place, forget_reads
 from tests.jobs.processes import wait_until
@@ -159,6 +162,57 @@ def test_a_write_that_fails_ends_the_block_that_is_being_computed(
     assert whole == PASSES * 10, "two blocks of five parts a pass"
     assert whole - 5 < computed < whole, "the last block was begun, and not computed to its end"
     assert not list(broken.ledger.covered())
+
+
+def test_a_read_ahead_that_fails_ends_the_block_that_is_being_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(n_days=640, shard_days=320, chunk=(320, 4, 6))
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    run, computed, failed = Ensemble.run, 0, threading.Event()
+    read = Source.read_land_forcing
+
+    def reading(source: Source, tile: Tile, period: Period) -> Float32Array:
+        if period.start == planned.layout.period.start:
+            return read(source, tile, period)
+        (tmp_path / "data" / "prec" / "data" / "c" / "1" / "0" / "0").write_bytes(b"not a chunk")
+        try:
+            return read(source, tile, period)
+        finally:
+            failed.set()
+
+    def counted(ensemble: Ensemble, *arguments: Any) -> State:
+        nonlocal computed
+        computed += 1
+        assert failed.wait(100)
+        return run(ensemble, *arguments)
+
+    monkeypatch.setattr(Source, "read_land_forcing", reading)
+    monkeypatch.setattr(Ensemble, "run", counted)
+    with pytest.raises(StoreError, match="prec"):
+        compute_tile(context(planned, str(tmp_path / "cube.zarr")), planned.layout.tiles[0])
+    assert computed < 5, "a block has five parts"
+
+
+def test_values_that_are_not_finite_are_counted_and_found(tmp_path: Path) -> None:
+    sizes = Sizes()
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles = context(planned, str(tmp_path / "cube.zarr"))
+    for weights in tiles.ensemble.models[1].parameters():
+        weights.data.fill_(float("nan"))
+    compute_tile(tiles, planned.layout.tiles[0])
+    finish_cube(tiles)
+    found = verify_cube(tiles.cube.url, NO_OPTIONS, budget=planned.spec.budget)
+    assert not found.damaged, found.damaged
+    assert set(found.not_finite) == set(found.sound), "each as it was computed"
+    assert not found.damaged
+    assert not found.complete
+    ((_, covered),) = tiles.ledger.covered().items()
+    for receipt in tiles.ledger.receipts(covered):
+        assert receipt.residual is not None
+        assert receipt.residual < 1e-3, "of the member whose outputs are numbers"
 
 
 def test_the_next_tile_reads_while_one_is_computed_and_is_computed_after_it(
