@@ -89,14 +89,14 @@ ONE_OWNER: Final = "two writers in one shard lose data without any error"
 """Why shards are written whole, by one owner."""
 
 _TIME_METHODS: Final = {"mm d-1": "time: mean", "mm": "time: point (comment: end of the day)"}
-_GENERAL: Final[Mapping[str, str]] = MappingProxyType(
+GENERAL: Final[Mapping[str, str]] = MappingProxyType(
     {
         "title": "Water cycle of the land surface, simulated by a hybrid model",
         "source": "h2mv_dist",
         "Conventions": "CF-1.11",
     }
 )
-"""Root attributes of every cube."""
+"""Root attributes of every cube, which are not compared either: another release may word them otherwise."""
 
 _SPREAD_COMMENT: Final = (
     "Population standard deviation over models trained on different folds. It shows how much they disagree; "
@@ -310,12 +310,12 @@ def _list_in(text: str) -> list[str]:
 
 def root_attributes(layout: CubeLayout) -> dict[str, str]:
     """What never changes in a cube's root; but for RECORDED equal only for cubes made in the same way."""
-    return {**_GENERAL, **layout.attributes, LAYOUT: canonical_json(_geometry(layout))}
+    return {**GENERAL, **layout.attributes, LAYOUT: canonical_json(_geometry(layout))}
 
 
 def layout_of(attributes: Mapping[str, str], grid: Grid) -> CubeLayout:
     """Inverse of :func:`root_attributes`; ``grid`` is from the cube's coordinates, and not compared here."""
-    geometry, unseen = json.loads(attributes[LAYOUT]), {*_GENERAL, LAYOUT, *PROGRESS}
+    geometry, unseen = json.loads(attributes[LAYOUT]), {*GENERAL, LAYOUT, *PROGRESS}
     return CubeLayout(
         grid=grid,
         period=Progress.of(attributes).period,

@@ -20,6 +20,7 @@ from h2mv_dist.errors import ConfigError, JobError, StoreError, describe
 from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import (
     FINGERPRINT,
+    GENERAL,
     LAYOUT,
     PROGRESS,
     RECORDED,
@@ -446,7 +447,7 @@ def _damaged(url: str, error: Exception) -> StoreError:
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
-    """One line for every root attribute or part of the layout that differs; but for RECORDED and PROGRESS."""
+    """One line for every root attribute or part of the layout that differs and is compared."""
     there, here = _flat(found), _flat(wanted)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     return tuple(
@@ -456,7 +457,7 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[s
 
 def _flat(attributes: Mapping[str, str]) -> dict[str, object]:
     layout = {f"layout.{name}": value for name, value in json.loads(attributes[LAYOUT]).items()}
-    apart = (LAYOUT, *RECORDED, *PROGRESS)
+    apart = (LAYOUT, *GENERAL, *RECORDED, *PROGRESS)
     return {n: value for n, value in attributes.items() if n not in apart} | layout
 
 

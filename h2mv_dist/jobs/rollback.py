@@ -33,8 +33,8 @@ def rolled_back(url: str, cube: Cube, day: date, options: StorageOptions) -> Pro
                 where=displayed(url),
                 expected=f"snapshots of all tiles at or before {day}",
                 actual=f"they are there for {', '.join(map(str, starts)) or 'no day'}",
-                fix="choose a later day, or make the cube anew with inference.overwrite; one that is created "
-                "with inference.state_days can be gone back to more days",
+                fix="choose a later day, or make the cube anew with inference.overwrite; state_days and "
+                "keep_states of [inference] say which snapshots are kept from now on",
             )
         )
     shorter, rollbacks = Period(before.period.start, usable[-1]), (*before.rollbacks, usable[-1])

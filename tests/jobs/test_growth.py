@@ -27,7 +27,7 @@ from h2mv_dist.io.ledger import Ledger, ledger_url
 from h2mv_dist.io.sink import Sink, StoredValues
 from h2mv_dist.io.snapshots import Snapshots, snapshots_url
 from h2mv_dist.io.source import Source, open_source
-from h2mv_dist.jobs import inference
+from h2mv_dist.jobs import cube_plan, inference
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.handle import submit
 from h2mv_dist.jobs.inference import forget_damage, recorded_job, submit_inference
@@ -704,6 +704,21 @@ def test_an_edited_cube_is_refused(world_url: str, cache: Path, job: str, cube: 
     planned = plan_inference(until(12, world_url, cache), job, NO_OPTIONS, cube=str(cube), append=True)
     with pytest.raises(StoreError, match="checkpoints"):
         open_context(planned, str(cube), NO_OPTIONS)
+
+
+def test_another_release_goes_on_with_a_cube_unless_its_numbers_are_others(
+    world_url: str, cache: Path, job: str, cube: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wordings and versions are another release's; the numbers, once we say so."""
+    root = zarr.open_group(cube, use_consolidated=False)
+    root.attrs.update({"title": "worded otherwise", "Conventions": "CF-1.12", "versions": '{"torch":"3.0"}'})
+    longer = until(12, world_url, cache)
+    planned = plan_inference(longer, job, NO_OPTIONS, cube=str(cube), append=True)
+    open_context(planned, str(cube), NO_OPTIONS)
+    monkeypatch.setattr(cube_plan, "NUMBERS", cube_plan.NUMBERS + 1)
+    others = plan_inference(longer, job, NO_OPTIONS, cube=str(cube), append=True)
+    with pytest.raises(StoreError, match="numbers"):
+        open_context(others, str(cube), NO_OPTIONS)
 
 
 @pytest.mark.slow
