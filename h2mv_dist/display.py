@@ -12,9 +12,12 @@ from h2mv_dist.jobs.handle import Watcher
 from h2mv_dist.jobs.messages import kind_of
 from h2mv_dist.jobs.progress import (
     FOLD_COLUMNS,
+    PART_COLUMNS,
     duration,
     fold_cells,
     number,
+    part_cells,
+    parts_under_way,
     progress_of,
     speed,
     waits_for,
@@ -25,7 +28,7 @@ _COLOURS = {"running": "cyan", "done": "green", "failed": "red", "cancelled": "y
 
 @contextmanager
 def watching(console: Console) -> Iterator[Watcher]:
-    """Show every fold with its epoch and losses, or how many tiles, or stretches of days, are finished."""
+    """Show every fold with its epoch and losses, or each tile, or stretch of days, that is under way."""
     if not console.is_terminal:
         yield _Lines(console)
         return
@@ -92,10 +95,21 @@ def _title(status: Mapping[str, Any]) -> str:
 def _tile_table(status: Mapping[str, Any]) -> Table:
     states = [unit["state"] for unit in status["units"]]
     title = _title(status)
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    for state in dict.fromkeys(("done", "running", *states)):
-        table.add_column(_state(state), justify="right")
-    table.add_row(*(str(states.count(s)) for s in dict.fromkeys(("done", "running", *states))))
+    counted = (
+        f"{states.count(state)} {_state(state)}" for state in dict.fromkeys(("done", "running", *states))
+    )
+    table = Table(
+        title=title,
+        title_justify="left",
+        min_width=len(title),
+        caption=", ".join(counted),
+        caption_justify="left",
+    )
+    for column in PART_COLUMNS:
+        table.add_column(column, justify="left" if column in ("part", "state", "worker") else "right")
+    for unit in parts_under_way(status):
+        name, state, *rest = part_cells(unit)
+        table.add_row(name, _state(state), *rest)
     return table
 
 

@@ -16,6 +16,8 @@ from h2mv_dist.jobs.progress import summary_of
 from h2mv_dist.jobs.run_record import RunRecord
 
 POLL_SECONDS: Final = 0.5
+_TOLD: Final = 3
+"""Failed units whose own words an error holds."""
 _GO_ON: Final = (
     "run the same command again, or h2mv-dist train --resume with the job's folder; "
     "what was finished is not lost"
@@ -165,14 +167,16 @@ def _call(client: Client, handler: str, job: Any = None) -> Any:
 
 
 def raise_failures(status: Mapping[str, Any]) -> None:
-    """Raise what the failed units themselves said, short.
+    """Raise what the first failed units themselves said, short.
 
     Raises:
         JobError: a unit failed, or the job was cancelled.
     """
     failed = [unit for unit in status["units"] if unit["state"] == "failed"]
     if failed:
-        said = (f"{u['name']} (attempt {u['attempt']}): {summary_of(u['error'])}" for u in failed)
+        first = failed[:_TOLD]
+        said = [f"{u['name']} (attempt {u['attempt']}): {summary_of(u['error'])}" for u in first]
+        said += [f"... and {len(failed) - _TOLD} more"] if len(failed) > _TOLD else []
         raise JobError(
             "\n".join(said) + f"\n{len(failed)} of {len(status['units'])} units of {status['id']} failed; "
             f"everything they said: h2mv-dist jobs show {status['place']}"

@@ -7,7 +7,17 @@ from typing import Any, Final
 import jinja2
 
 from h2mv_dist.jobs.messages import kind_of
-from h2mv_dist.jobs.progress import FOLD_COLUMNS, duration, fold_cells, progress_of, speed, summary_of
+from h2mv_dist.jobs.progress import (
+    FOLD_COLUMNS,
+    PART_COLUMNS,
+    duration,
+    fold_cells,
+    part_cells,
+    parts_under_way,
+    progress_of,
+    speed,
+    summary_of,
+)
 
 _TITLE: Final = {
     "train": "Training",
@@ -45,6 +55,9 @@ def _template() -> jinja2.Template:
         "pale": _PALE,
         "title": _TITLE,
         "columns": FOLD_COLUMNS,
+        "part_columns": PART_COLUMNS,
+        "part_cells": part_cells,
+        "parts_under_way": parts_under_way,
         "fold_cells": fold_cells,
         "progress_of": progress_of,
         "kind_of": kind_of,

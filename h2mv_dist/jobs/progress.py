@@ -7,6 +7,9 @@ from typing import Any, Final, NamedTuple
 from h2mv_dist.jobs.messages import kind_of
 
 FOLD_COLUMNS: Final = ("fold", "state", "attempt", "epoch", "train", "validation", "best", "s / epoch")
+PART_COLUMNS: Final = ("part", "state", "attempt", "worker", "days")
+"""Of a unit that is no fold: a tile, some days, a shard."""
+_LISTED: Final = 20
 STEP: Final = {"train": "epoch", "infer": "tile", "prepare": "stretch", "compact": "shard"}
 """Kind of job -> what it goes forward by."""
 _OVER: Final = ("failed", "cancelled")
@@ -46,8 +49,9 @@ def progress_of(status: Mapping[str, Any]) -> Progress:
     units = status["units"]
     done = sum(map(_steps_done, units))
     undone = [unit for unit in units if unit["state"] != "done"]
-    left = sum(unit["steps"] - _steps_done(unit) for unit in undone if unit["state"] not in _OVER)
-    rate = None if status["finished"] else _rate(status, done)
+    begun = sum(map(_share, units))
+    left = sum(unit["steps"] - _steps_done(unit) for unit in undone if unit["state"] not in _OVER) - begun
+    rate = None if status["finished"] else _rate(status, done + begun)
     return Progress(
         state=_state(status),
         units=Counter(unit["state"] for unit in units),
@@ -65,7 +69,17 @@ def _steps_done(unit: Mapping[str, Any]) -> int:
     return int(unit["latest"].get("epoch", 0))
 
 
-def _rate(status: Mapping[str, Any], done: int) -> float | None:
+def _share(unit: Mapping[str, Any]) -> float:
+    """Of a tile that runs: how much of it is computed.
+
+    >>> _share({"state": "running", "latest": {"days": 90, "of": 360}})
+    0.25
+    """
+    latest = unit["latest"]
+    return float(latest["days"] / latest["of"]) if unit["state"] == "running" and "of" in latest else 0.0
+
+
+def _rate(status: Mapping[str, Any], done: float) -> float | None:
     """Epochs of the folds that run now; of anything else, the mean since the job was submitted."""
     units: Sequence[Mapping[str, Any]] = status["units"]
     epochs = [float(unit["latest"]["seconds"]) for unit in units if _runs_epochs(unit)]
@@ -130,6 +144,27 @@ def fold_cells(unit: Mapping[str, Any]) -> tuple[str, ...]:
     state = f"waits: {reason.splitlines()[0]}" if reason else str(unit["state"])
     losses = (number(latest.get(name)) for name in ("train_loss", "valid_loss", "best_loss", "seconds"))
     return (unit["name"], state, str(unit["attempt"]), str(latest.get("epoch", "-")), *losses)
+
+
+def parts_under_way(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Units that run, or are to run again; the first ones of many."""
+    begun = [
+        u for u in status["units"] if u["state"] == "running" or (u["state"] == "queued" and u["attempt"])
+    ]
+    return begun[:_LISTED]
+
+
+def part_cells(unit: Mapping[str, Any]) -> tuple[str, ...]:
+    """A unit's row under ``PART_COLUMNS``.
+
+    >>> unit = {"name": "0-4_0-6", "state": "running", "attempt": 1, "workers": ["tcp://10.0.0.7:40001"]}
+    >>> part_cells({**unit, "latest": {"days": 720, "of": 7305}, "error": "", "pause": 0.0})
+    ('0-4_0-6', 'running', '1', 'tcp://10.0.0.7:40001', '720 of 7305')
+    """
+    latest, reason = unit["latest"], waits_for(unit)
+    state = f"waits: {reason.splitlines()[0]}" if reason else str(unit["state"])
+    days = f"{latest['days']} of {latest['of']}" if "of" in latest else "-"
+    return (unit["name"], state, str(unit["attempt"]), ", ".join(unit["workers"]), days)
 
 
 def waits_for(unit: Mapping[str, Any]) -> str:

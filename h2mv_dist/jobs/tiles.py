@@ -107,8 +107,12 @@ def run_tile_unit(message: Message, place: Place) -> None:
         finish_cube(context)
     else:
         tile = Tile(tuple(message["start"]), tuple(message["stop"]))
-        compute_tile(context, tile, cancellation_check(), partial(make_room, place))
+        compute_tile(context, tile, cancellation_check(), partial(make_room, place), partial(_tell, message))
     report(message, event="tile", seconds=round(time.monotonic() - started, 3))
+
+
+def _tell(message: Message, days: int, of: int) -> None:
+    report(message, event="days", days=days, of=of)
 
 
 def _context(message: Message) -> TileContext:
@@ -193,8 +197,8 @@ def is_kept(day: date, period: Period, newest_days: int, every: int | None) -> b
     return since >= period.n_days - newest_days or (every is not None and since % every == 0)
 
 
-def _nothing() -> None:
-    """What is wanted stays wanted, and nobody needs room."""
+def _nothing(*_days: int) -> None:
+    """What is wanted stays wanted, and nobody needs room or asks how far it is."""
 
 
 def compute_tile(
@@ -202,6 +206,7 @@ def compute_tile(
     tile: Tile,
     require_wanted: Callable[[], None] = _nothing,
     make_room: Callable[[], None] = _nothing,
+    tell: Callable[[int, int], None] = _nothing,
 ) -> None:
     """Compute and write every output of a tile, over the days that no receipt of it covers.
 
@@ -211,11 +216,12 @@ def compute_tile(
         require_wanted: raises what ends the work early; called several times a second, by two threads.
         make_room: called once only the last block is to be computed, for which all is read: from here on
             another tile of the context may be computed by another thread.
+        tell: called after each block with the days that are computed by now, and those there are to compute.
     """
     covered = context.ledger.covered(tile.name).get(tile.name, ())
     missing = tuple(gaps(covered, context.plan.layout.period))
     if missing:
-        _TileRun(context, tile, require_wanted, make_room).fill(missing)
+        _TileRun(context, tile, require_wanted, make_room, tell).fill(missing)
 
 
 class _TileRun:
@@ -231,10 +237,11 @@ class _TileRun:
         tile: Tile,
         require_wanted: Callable[[], None],
         make_room: Callable[[], None],
+        tell: Callable[[int, int], None],
     ) -> None:
         plan, layout = context.plan, context.plan.layout
         self.context, self.tile = context, tile
-        self.require_wanted, self.make_room = require_wanted, make_room
+        self.require_wanted, self.make_room, self.tell = require_wanted, make_room, tell
         self.has_turn, self.writes = False, deque[Future[Any]]()
         days = Days(period=layout.period, block=layout.shard_days, baseline=plan.baseline, spinup=plan.spinup)
         outputs = (*layout.daily, *layout.static)
@@ -254,11 +261,15 @@ class _TileRun:
 
     def _compute(self, missing: Sequence[Period]) -> None:
         carried: Carried | None = None
+        done, of, end = 0, sum(gap.n_days for gap in missing), missing[-1].stop
         for gap in missing:
-            carried = self._fill_gap(gap, self._carried_to(gap.start, carried), missing[-1].stop)
+            begun = self._carried_to(gap.start, carried)
+            for carried in self._fill_gap(gap, begun, end):
+                self.tell(done + (carried.day - gap.start).days, of)
+            done += gap.n_days
 
-    def _fill_gap(self, gap: Period, carried: Carried, end: date) -> Carried:
-        """Days without a receipt, from what is carried to their first one; returns it after the last."""
+    def _fill_gap(self, gap: Period, carried: Carried, end: date) -> Iterator[Carried]:
+        """Days without a receipt, from what is carried to their first one; gives it after each block."""
         stretch, ends = None, {stretch.stop for stretch in stretches(self.context.plan, gap)}
         for block, batch in self.simulation.blocks(gap):
             if block.stop == end:
@@ -274,7 +285,7 @@ class _TileRun:
             if block.stop in ends:
                 self._hand_over(partial(stretch.finish, carried))
                 stretch = None
-        return carried
+            yield carried
 
     def _hand_over(self, write: Callable[[], _T]) -> "Future[_T]":
         self.writes.append(future := self.context.writer.submit(write))

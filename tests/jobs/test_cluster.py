@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def assert_runs_jobs(client: Client) -> None:
     job = Job("empty", "", {}, (Unit("nothing", "tile", {}, attempts=1),))
     with pytest.raises(JobError, match="1 of 1 units of empty failed"):
         submit(client, job).wait()
+
+
+def test_of_many_failed_units_the_first_are_heard(client: Client) -> None:
+    units = tuple(Unit(f"tile-{number}", "tile", {}, attempts=1) for number in range(50))
+    with pytest.raises(JobError) as failed:
+        submit(client, Job("many", "", {}, units)).wait()
+    *said, more, last = str(failed.value).splitlines()
+    assert len(said) == 3
+    assert all(re.match(r"tile-\d+ \(attempt 1\): ", line) for line in said)
+    assert more == "... and 47 more"
+    assert last.startswith("50 of 50 units of many failed")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ from h2mv_dist.jobs.inference import (
     submit_inference,
     warn_of_split_chunks,
 )
+from h2mv_dist.jobs.messages import job_id
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.jobs.tasks import TOPIC
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.h2mv import SPEC
 from h2mv_dist.model.rollout import spin_up
@@ -66,6 +68,10 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
 ) -> None:
     settings = small_settings(world_url, cache)
     infer(client, settings, job, tmp_path / "cube.zarr")
+    id_ = job_id("infer", str(tmp_path / "cube.zarr"))
+    events = [e for _, e in client.get_events(TOPIC) if e["job"] == id_ and e.get("event") == "days"]
+    tiles = Ledger(str(tmp_path / "cube.zarr"), NO_OPTIONS).covered()
+    assert {e["unit"]: (e["days"], e["of"]) for e in events} == dict.fromkeys(tiles, (365, 365)), "in the end"
     with xr.open_zarr(tmp_path / "cube.zarr") as cube:
         land = cube["land_mask"].values.astype(bool)
         for name in ("runoff", "runoff_spread", "terrestrial_water_storage_anomaly"):

@@ -195,6 +195,19 @@ def test_a_read_ahead_that_fails_ends_the_block_that_is_being_computed(
     assert computed < 5, "a block has five parts"
 
 
+def test_a_tile_tells_how_far_it_is(tmp_path: Path) -> None:
+    sizes, told = Sizes(n_days=80, shard_days=30), list[tuple[int, int]]()
+    write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
+    planned = plan(str(tmp_path / "data"), sizes)
+    tiles, (tile,) = context(planned, str(tmp_path / "cube.zarr")), planned.layout.tiles
+    compute_tile(tiles, tile, tell=lambda days, of: told.append((days, of)))
+    assert told == [(30, 80), (60, 80), (80, 80)]
+    first, _ = tiles.ledger.covered()[tile.name]
+    tiles.ledger.forget([first])
+    compute_tile(tiles, tile, tell=lambda days, of: told.append((days, of)))
+    assert told[3:] == [(30, 60), (60, 60)]
+
+
 def test_values_that_are_not_finite_are_counted_and_found(tmp_path: Path) -> None:
     sizes = Sizes()
     write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
