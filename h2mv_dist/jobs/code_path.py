@@ -51,9 +51,9 @@ def chosen_path(wanted: CodePath, device: str, cell_days: float, obstacle: str, 
             describe(
                 "days cannot be compiled",
                 where=f"{where} = compiled",
-                expected="a C++ compiler on every host that computes",
+                expected="a C++ compiler, and a folder for code, on every host that computes",
                 actual=obstacle,
-                fix=f"install one (g++ will do), or set {where} to auto",
+                fix=f"mend that (g++ will do as compiler), or set {where} to auto",
             )
         )
     if wanted == EAGER or (wanted == "auto" and (device != "cpu" or cell_days < WORTH_CELL_DAYS)):

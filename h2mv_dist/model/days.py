@@ -26,6 +26,8 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from h2mv_dist.model.code_folder import PRIVATE, VARIABLE, code_folder, no_folder_because
+
 BLOCK_DAYS: Final = 8
 """Days of a block: more take longer to compile, fewer more calls."""
 LANES: Final = 16
@@ -68,7 +70,9 @@ def no_compiler_because() -> str:
     if not _knows_language(path):
         return f"{path} does not know C++20, as g++ does from version 10 on"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return "" if header.exists() else f"Python's headers are not installed: there is no {header}"
+    if not header.exists():
+        return f"Python's headers are not installed: there is no {header}"
+    return no_folder_because()
 
 
 @cache
@@ -160,6 +164,8 @@ def _compiled(block: DayBlock) -> DayBlock:
     """One compiled function a block and process."""
     import torch._functorch.config
 
+    # torch, too, runs what it finds there
+    os.environ[VARIABLE] = str(code_folder().parent)
     # its workers would stay, and take the memory of what they import
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = KINDS
@@ -213,14 +219,7 @@ def one_compiles(what: str) -> Iterator[None]:
             lock.release()
         yield
         with suppress(OSError):
-            made.parent.mkdir(parents=True, exist_ok=True)
+            made.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
             made.touch()
     finally:
         lock.release()
-
-
-def code_folder() -> Path:
-    """Where this machine keeps what we compile, beside what torch compiles."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "h2mv_dist"

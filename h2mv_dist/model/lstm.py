@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from h2mv_dist.model.days import code_folder, compiler
+from h2mv_dist.model.code_folder import PRIVATE, code_folder
+from h2mv_dist.model.days import compiler
 
 SOURCE: Final = Path(__file__).with_suffix(".cpp")
 PANEL: Final = 4
@@ -198,15 +199,20 @@ def _load() -> None:
 
     Raises:
         OSError: it cannot be compiled, or loaded.
+        ConfigError: it might be somebody else's.
     """
     command = _command()
-    content = repr((command, torch.__version__)).encode() + SOURCE.read_bytes()
-    code = code_folder() / f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
+    code = code_folder() / _name(command)
     try:
         torch.ops.load_library(code)
     except OSError:
         _compile(command, code)
         torch.ops.load_library(code)
+
+
+def _name(command: tuple[str, ...]) -> str:
+    content = repr((command, torch.__version__)).encode() + SOURCE.read_bytes()
+    return f"lstm-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def _command() -> tuple[str, ...]:
@@ -226,7 +232,7 @@ def _command() -> tuple[str, ...]:
 
 
 def _compile(command: tuple[str, ...], code: Path) -> None:
-    code.parent.mkdir(parents=True, exist_ok=True)
+    code.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=code.parent, ignore_cleanup_errors=True) as folder:
         made = Path(folder) / code.name
         run = subprocess.run([*command, "-o", str(made)], check=False, capture_output=True, text=True)

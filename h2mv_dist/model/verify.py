@@ -126,9 +126,9 @@ def verify(path: str | Path, *, compiled: bool = False) -> Verification:
             describe(
                 "days cannot be compiled",
                 where="verify --compiled",
-                expected="a C++ compiler and Python's headers",
+                expected="a C++ compiler, Python's headers, and a folder for code",
                 actual=obstacle,
-                fix="install them, or leave --compiled out",
+                fix="mend that, or leave --compiled out",
             )
         )
     golden = read_golden(path)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from h2mv_dist.model import days
 from h2mv_dist.model.base import Batch, Result
+from h2mv_dist.model.code_folder import code_folder
 from h2mv_dist.model.days import Prepared, State, day_blocks, no_compiler_because
 from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.networks import multiply_in
@@ -138,7 +139,7 @@ def test_one_compiles_at_a_time() -> None:
 def test_what_was_compiled_before_is_loaded_by_all_at_once() -> None:
     with pytest.raises(RuntimeError, match="no compiler"), days.one_compiles("a"):
         raise RuntimeError("no compiler")
-    assert not days.code_folder().exists()
+    assert not code_folder().exists()
     with days.one_compiles("a"):
         pass
     all_inside = threading.Barrier(3, timeout=60)
