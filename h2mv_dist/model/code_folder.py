@@ -19,7 +19,7 @@ VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch, and we beside it, keep what is compiled."""
 PRIVATE: Final = 0o700
 _NOT_IN_NAMES: Final = re.compile(r'[\\/:*?"<>|]')
-_INSTEAD: Final = f"set {VARIABLE} to another folder of your own"
+INSTEAD: Final = f"set {VARIABLE} to another folder of your own"
 
 
 def code_folder() -> Path:
@@ -35,7 +35,7 @@ def code_folder() -> Path:
                 where=VARIABLE,
                 expected="a folder of this user's, where nobody else can write",
                 actual=problem,
-                fix=_INSTEAD,
+                fix=INSTEAD,
             )
         )
     return _folders()[-1]
@@ -50,7 +50,7 @@ def no_folder_because() -> str:
         _folders()[0].mkdir(PRIVATE, parents=True, exist_ok=True)
         problems = [_foreign_because(folder) for folder in _folders() if os.path.lexists(folder)]
     except OSError as error:
-        return f"{_folders()[0]} cannot be used: {error.strerror}; {_INSTEAD}"
+        return f"{_folders()[0]} cannot be used: {error.strerror}; {INSTEAD}"
     return next(filter(None, problems), "")
 
 
@@ -74,10 +74,10 @@ def _foreign_because(folder: Path) -> str:
     link, found = folder.lstat(), folder.stat()
     strangers = {link.st_uid, found.st_uid} - {os.getuid()}
     if strangers:
-        return f"{folder} belongs to {_name_of(strangers.pop())}, whose code would be run; {_INSTEAD}"
+        return f"{folder} belongs to {_name_of(strangers.pop())}, whose code would be run; {INSTEAD}"
     if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid)):
         mode = stat.filemode(found.st_mode)
-        return f"others may write to {folder} ({mode}), and have their code run; remove it, or {_INSTEAD}"
+        return f"others may write to {folder} ({mode}), and have their code run; remove it, or {INSTEAD}"
     return ""
 
 

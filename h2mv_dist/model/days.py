@@ -6,6 +6,7 @@ Inside the loop the cell is the last axis, so that laws work on contiguous vecto
 and found again on disk by the next one.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -26,7 +27,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from h2mv_dist.model.code_folder import PRIVATE, VARIABLE, code_folder, no_folder_because
+from h2mv_dist.model.code_folder import INSTEAD, PRIVATE, VARIABLE, code_folder, no_folder_because
 
 BLOCK_DAYS: Final = 8
 """Days of a block: more take longer to compile, fewer more calls."""
@@ -36,6 +37,7 @@ MOST_CELLS: Final = 2**20
 KINDS: Final = 1024
 """Most versions of a block in a process: lengths, outputs, sizes of models, with gradients and without."""
 LOCK_SECONDS: Final = 600.0
+LANGUAGE: Final = ("-std=c++20", "-x", "c++")
 
 State = tuple[Tensor, ...]
 
@@ -63,24 +65,52 @@ def compiler() -> str:
 
 
 def no_compiler_because() -> str:
-    """Why blocks cannot be compiled here, as far as can be seen without trying; empty if they can."""
+    """Why blocks cannot be compiled here, and run; empty if they can, as it was seen once in this process."""
     path = shutil.which(compiler())
     if path is None:
         return f"no C++ compiler: {compiler()} is not in PATH"
-    if not _knows_language(path):
-        return f"{path} does not know C++20, as g++ does from version 10 on"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         return f"Python's headers are not installed: there is no {header}"
-    return no_folder_because()
+    return no_folder_because() or _no_library_because(path, code_folder())
+
+
+def _no_library_because(path: str, folder: Path) -> str:
+    try:
+        _prove(path, folder)
+    except OSError as error:
+        if not _knows_language(path):
+            return f"{path} does not know C++20, as g++ does from version 10 on"
+        reason = " ".join(str(error).split())[-300:]
+        return f"what {path} makes in {folder} cannot be loaded (noexec, or full?): {reason}; {INSTEAD}"
+    return ""
 
 
 @cache
+def _prove(path: str, folder: Path) -> None:
+    """Compile a library without content, and load it; if it fails, the next call tries again.
+
+    No folder of its own for it: on NFS, which keeps what is still loaded, that could not be removed.
+
+    Raises:
+        OSError: it cannot be compiled, or loaded.
+    """
+    folder.mkdir(PRIVATE, parents=True, exist_ok=True)
+    handle, library = tempfile.mkstemp(".so", "trial-", folder)
+    os.close(handle)
+    try:
+        command = [path, *LANGUAGE, "-shared", "-fPIC", os.devnull, "-o", library]
+        run = subprocess.run(command, check=False, capture_output=True, text=True)
+        if run.returncode:
+            raise OSError(run.stderr or f"it failed with status {run.returncode}")
+        ctypes.CDLL(library)
+    finally:
+        Path(library).unlink(missing_ok=True)
+
+
 def _knows_language(path: str) -> bool:
-    checked = subprocess.run(
-        [path, "-std=c++20", "-x", "c++", "-fsyntax-only", os.devnull], check=False, capture_output=True
-    )
-    return checked.returncode == 0
+    command = [path, *LANGUAGE, "-fsyntax-only", os.devnull]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def run_days(

@@ -2,6 +2,9 @@
 
 import operator
 import os
+import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -238,6 +241,42 @@ def test_a_machine_without_a_compiler_is_recognised(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     assert "headers are not installed" in no_compiler_because()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_processes_that_try_the_compiler_at_once_leave_nothing() -> None:
+    path, folder = shutil.which(days.compiler()), code_folder()
+    assert path is not None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(days._prove.__wrapped__, [path] * 4, [folder] * 4))
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_code_that_cannot_be_loaded_is_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "compiler"
+    broken.write_text('#!/bin/sh\nfor last; do :; done\necho "no library" > "$last"\n')
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    reason = no_compiler_because()
+    assert f"what {broken} makes in {code_folder()} cannot be loaded" in reason
+    assert "set TORCHINDUCTOR_CACHE_DIR to another folder" in reason
+    assert list(code_folder().iterdir()) == []
+    # what was wrong may be mended while a worker lives
+    broken.write_text('#!/bin/sh\nexec g++ "$@"\n')
+    assert no_compiler_because() == ""
+
+
+def test_a_folder_that_nothing_may_be_run_from_is_recognised(tmp_path: Path) -> None:
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o noexec none "$0" && exec "$@"', str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], check=False).returncode:
+        pytest.skip("this user cannot mount anything here, not even for himself")
+    asking = "from h2mv_dist.model.days import no_compiler_because; print(no_compiler_because())"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
+    reason = subprocess.check_output([*mounted, sys.executable, "-c", asking], env=environment, text=True)
+    assert f"makes in {tmp_path / 'code' / 'h2mv_dist'} cannot be loaded" in reason
+    assert "failed to map segment" in reason
+    assert "set TORCHINDUCTOR_CACHE_DIR to another folder" in reason
 
 
 @pytest.mark.slow
