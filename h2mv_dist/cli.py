@@ -120,6 +120,7 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
+    from h2mv_dist.jobs.cluster import for_ranks
     from h2mv_dist.jobs.messages import job_id
     from h2mv_dist.jobs.training import plan_training, start_training
 
@@ -131,7 +132,7 @@ def train(
     plan = plan_training(chosen, folder, options)
     name = job_id("train", folder)
     _run(
-        chosen.cluster,
+        for_ranks(chosen.cluster, chosen.training.ranks),
         lambda client: _found_running(client, name) or start_training(client, plan),
         f"h2mv-dist train --resume {folder}",
     )

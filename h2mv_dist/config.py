@@ -526,8 +526,10 @@ class ClusterSettings(_Settings):
     kind: Literal["auto", "local", "cuda", "address", "slurm"] = "auto"
     """``auto``: the running scheduler if one is named, else the GPUs if there are any, else the CPU. Who says
     one of kind, address and scheduler file, as on a command line, replaces all three of file, job or site."""
-    workers: int = Field(2, ge=1, le=10_000)
-    """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead."""
+    workers: int | None = Field(None, ge=1, le=10_000)
+    """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead. If left out: two for
+    Slurm; for ``local`` one a core, or fewer if they have several threads, or if memory gave each less than
+    ``memory_limit`` (``auto``: 2 GiB), but with ``h2mv-dist train`` at least ``training.ranks``."""
     address: str | None = None
     """Running scheduler, for ``kind = "address"``."""
     scheduler_file: str | None = None

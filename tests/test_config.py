@@ -195,7 +195,7 @@ def test_the_cluster_section_stands_alone(tmp_path: Path) -> None:
         f'[cluster]\nworkers = 5\n[data]\nlayout = "cf"\n[storage_options.s3]\nkey = "{SECRET}"\n'
     )
     assert load_cluster(file, ["cluster.threads_per_worker=2"]).workers == 5
-    assert load_cluster(None).workers == 2
+    assert load_cluster(None).workers is None
     with pytest.raises(ConfigError, match=r"clustr: unknown setting; did you mean 'cluster'\?"):
         load_cluster(None, ["clustr.workers=3"])
     with pytest.raises(ConfigError, match=r"cluster\.workers: expected greater than or equal to 1; given 0"):

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import dask
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, Security
+from distributed.system import MEMORY_LIMIT
 from distributed.utils import LoopRunner, get_ip, get_ip_interface
 from tornado.ioloop import IOLoop
 
@@ -27,6 +30,8 @@ from h2mv_dist.jobs.slurm import slurm_cluster
 CONNECT_SECONDS: Final = 30
 LOOPBACK: Final = "127.0.0.1"
 PRELOAD: Final = "h2mv_dist.jobs.preload"
+WORKER_BYTES: Final = 2 * 2**30
+"""Memory there must be for each worker, where settings leave both open."""
 _SPARING: Final = {"distributed": {"worker": {"profile": {"interval": "100ms", "cycle": "60s"}}}}
 """Dask's profiler, for workers that do one thing for minutes: by default it looks every 10 ms, taking turns
 from the work, and keeps an hour of what it saw, second by second, in their memory."""
@@ -208,8 +213,46 @@ def _new_cluster(
     else:
         # CPU workers must not meet on a GPU that they would share
         unseen = {"CUDA_VISIBLE_DEVICES": ""}
-        cluster = LocalCluster(n_workers=settings.workers, processes=True, env=unseen, **options)
+        cluster = LocalCluster(n_workers=local_workers(settings), processes=True, env=unseen, **options)
     return cluster
+
+
+def local_workers(settings: ClusterSettings, cores: int = CPU_COUNT, memory: int = MEMORY_LIMIT) -> int:
+    """Workers on this machine's cores: as set, else as many as compute at once and have memory.
+
+    Args:
+        settings: of the cluster.
+        cores: that this process may use, by its affinity and control group.
+        memory: of the machine, or of this process's control group, bytes.
+
+    >>> local_workers(ClusterSettings(), 8, 64 * 2**30), local_workers(ClusterSettings(), 8, 6 * 2**30)
+    (8, 3)
+    """
+    if settings.workers is not None:
+        return settings.workers
+    each = memory_limit(settings) or WORKER_BYTES
+    return max(1, min(cores // settings.threads_per_worker, memory // each))
+
+
+def for_ranks(settings: ClusterSettings, ranks: int) -> ClusterSettings:
+    """With a worker for each rank of a fold, where settings leave open how many start on this machine."""
+    if settings.workers is not None or chosen_kind(settings) != "local":
+        return settings
+    return settings.model_copy(update={"workers": max(ranks, local_workers(settings))})
+
+
+def memory_limit(settings: ClusterSettings) -> int | None:
+    """Bytes of a worker that would be started, or None where settings alone do not say.
+
+    >>> memory_limit(ClusterSettings(kind="local", memory_limit="4GiB"))
+    4294967296
+    >>> memory_limit(ClusterSettings(kind="local", memory_limit="0.5"))
+    """
+    if settings.memory_limit == "auto" or chosen_kind(settings) == "address":
+        return None
+    limit = parse_bytes(settings.memory_limit)
+    # Dask takes numbers up to 1 for shares of the machine, and 0 for no limit
+    return limit if limit > 1 else None
 
 
 def _host(settings: ClusterSettings, kind: str) -> str:

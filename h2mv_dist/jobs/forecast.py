@@ -14,10 +14,10 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import monthly_arrays
 from h2mv_dist.io.tile_forcing import TileForcing
+from h2mv_dist.jobs.cluster import memory_limit
 from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import FLOAT_BYTES, CubePlan
 from h2mv_dist.jobs.inference import missing_days, require_cube_disk, require_memory
-from h2mv_dist.jobs.room import memory_limit
 from h2mv_dist.jobs.simulation import kept_outputs
 from h2mv_dist.model.base import Batch
 from h2mv_dist.model.ensemble import Ensemble

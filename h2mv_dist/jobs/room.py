@@ -4,12 +4,10 @@ import logging
 import shutil
 from typing import Final
 
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 
-from h2mv_dist.config import ClusterSettings
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.io.stores import local_path
-from h2mv_dist.jobs.cluster import chosen_kind
 
 COMPRESSION: Final = 10
 """What is written is not compressed any further than by about this factor."""
@@ -51,17 +49,3 @@ def require_disk(what: str, url: str, needed: int, fix: str) -> None:
             "%s has %s free; what is missing of the %s takes %s before compression",
             *(folder, format_bytes(free), what, format_bytes(needed)),
         )
-
-
-def memory_limit(settings: ClusterSettings) -> int | None:
-    """Bytes of a worker that would be started, or None where settings alone do not say.
-
-    >>> memory_limit(ClusterSettings(kind="local", memory_limit="4GiB"))
-    4294967296
-    >>> memory_limit(ClusterSettings(kind="local", memory_limit="0.5"))
-    """
-    if settings.memory_limit == "auto" or chosen_kind(settings) == "address":
-        return None
-    limit = parse_bytes(settings.memory_limit)
-    # Dask takes numbers up to 1 for shares of the machine, and 0 for no limit
-    return limit if limit > 1 else None

@@ -16,6 +16,8 @@ from tornado.ioloop import IOLoop
 from h2mv_dist.config import ClusterSettings
 from h2mv_dist.errors import JobError, describe
 
+WORKERS: Final = 2
+"""If settings leave it open."""
 WATCH_SECONDS: Final = 30.0
 """How often Slurm is asked which jobs it still has."""
 
@@ -30,7 +32,7 @@ def slurm_cluster(
         JobError: dask-jobqueue is missing, or Slurm refuses the jobs.
     """
     with new_cluster(settings, host, security, loop) as cluster:
-        n_jobs = -(-settings.workers // settings.slurm.processes)
+        n_jobs = -(-(settings.workers or WORKERS) // settings.slurm.processes)
         _submit(cluster, n_jobs)
         watch = asyncio.run_coroutine_threadsafe(_keep_jobs(cluster, n_jobs), cluster.loop.asyncio_loop)
         try:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import trustme
 from distributed import Client
+from distributed.system import MEMORY_LIMIT
 from pydantic import ValidationError
 
 from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings
@@ -28,6 +29,8 @@ from h2mv_dist.jobs.cluster import (
     LOOPBACK,
     chosen_kind,
     connect,
+    for_ranks,
+    local_workers,
     no_gpu_because,
     start_cluster,
     workers_of,
@@ -209,6 +212,46 @@ def test_local_workers_are_as_asked_for(tls: TlsSettings, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("settings", "cores", "gibibytes", "expected"),
+    [
+        ({}, 2, 16, 2),
+        ({}, 64, 256, 64),
+        ({}, 64, 32, 16),
+        ({}, 8, 1, 1),
+        ({"threads_per_worker": 4}, 16, 64, 4),
+        ({"threads_per_worker": 4}, 2, 64, 1),
+        ({"memory_limit": "16GiB"}, 64, 100, 6),
+        ({"memory_limit": "512MiB"}, 4, 2, 4),
+        ({"memory_limit": "0"}, 64, 32, 16),
+        ({"memory_limit": "0.5"}, 4, 32, 4),
+        ({"workers": 3, "threads_per_worker": 4, "memory_limit": "16GiB"}, 2, 1, 3),
+    ],
+)
+def test_one_worker_a_core_unless_memory_or_settings_say_otherwise(
+    settings: dict[str, Any], cores: int, gibibytes: int, expected: int
+) -> None:
+    chosen = ClusterSettings(kind="local", **settings)
+    assert local_workers(chosen, cores, gibibytes * 2**30) == expected
+
+
+def test_each_rank_of_a_fold_has_a_worker_if_settings_leave_it_open() -> None:
+    usual = local_workers(ClusterSettings())
+    assert for_ranks(ClusterSettings(kind="local"), 1).workers == usual
+    assert for_ranks(ClusterSettings(kind="local"), usual + 1).workers == usual + 1
+    for settings in (
+        ClusterSettings(kind="local", workers=1),
+        ClusterSettings(kind="slurm"),
+        ClusterSettings(address="tcp://x:1"),
+    ):
+        assert for_ranks(settings, 8) == settings
+
+
+def test_so_many_start() -> None:
+    with connect(ClusterSettings(kind="local", memory_limit=str(MEMORY_LIMIT))) as client:
+        assert len(workers_of(client)) == 1
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (ClusterSettings(kind="local", interface="no-such0"), "no such network interface"),
@@ -384,7 +427,6 @@ def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: py
     monkeypatch.setattr(slurm, "WATCH_SECONDS", 0.5)
     settings = ClusterSettings(
         kind="slurm",
-        workers=2,
         interface="lo",
         memory_limit="600MiB",
         slurm=SlurmSettings(memory="1GiB", log_directory=str(queue / "logs")),

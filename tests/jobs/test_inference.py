@@ -144,7 +144,8 @@ def test_a_batch_system_ends_the_command_and_its_workers(
     fine = {"tile": [3, 6], "shard": [3, 6], "chunk": [3, 6], "outputs": ["runoff"]}
     cube, log = tmp_path / "cube.zarr", tmp_path / "log"
     file = settings_file(tmp_path, small_settings(world_url, cache, inference=fine))
-    command = ("infer", file, "--job", job, "--cube", str(cube), "--set", "cluster.kind=local")
+    own = ("--set", "cluster.kind=local", "--set", "cluster.workers=2")
+    command = ("infer", file, "--job", job, "--cube", str(cube), *own)
     with process(log, "h2mv_dist.cli", *command) as stopped:
         ledger = Path(ledger_url(str(cube)))
         wait_until(lambda: len(list(ledger.rglob("*.json"))) > 3, "some tiles", log, seconds=180)

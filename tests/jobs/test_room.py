@@ -9,9 +9,9 @@ import pytest
 from h2mv_dist.config import ClusterSettings, validate
 from h2mv_dist.errors import JobError
 from h2mv_dist.io.cube import Progress
+from h2mv_dist.jobs.cluster import memory_limit
 from h2mv_dist.jobs.cube_plan import COMPILED_BYTES, COMPILING_BYTES, CubePlan
 from h2mv_dist.jobs.inference import fitting_layout, require_memory
-from h2mv_dist.jobs.room import memory_limit
 from tests.conftest import Place
 from tests.jobs.tiles import NO_OPTIONS, Sizes, plan, write_data
 
