@@ -56,7 +56,7 @@ def test_the_page_of_errors_has_messages_of_one_line(errors: str, wrong: Callabl
     "text",
     [
         "- the cube is not finished yet; run h2mv-dist infer without --append or --from first",
-        "- nothing to append: the cube is complete until <stop> (that day excluded), the forcing ends <stop>",
+        "- nothing to append: the cube is complete until <end> (that day excluded), the forcing ends <stop>",
         "- job <id> was cancelled",
         "job <id> is already running on this scheduler; wait for it, or cancel it first",
         "| days cannot be compiled | a C++ compiler, Python's headers, and a folder for code |",

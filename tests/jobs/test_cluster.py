@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 import urllib.request
 from collections.abc import Iterator
@@ -458,6 +461,18 @@ def test_a_refusal_of_slurm_is_passed_on(queue: Path) -> None:
 
 
 # the command line
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_files_made_as_the_documentation_says_encrypt(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/howto/encrypt.md").read_text()
+    (command,) = re.findall(r"^openssl .*$", page, re.MULTILINE)
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+    (section,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    said = tomllib.loads(section.replace("/home/me/h2mv-tls", str(tmp_path)))["cluster"]["tls"]
+    with connect(ClusterSettings(kind="local", workers=1, tls=TlsSettings(**said))) as client:
+        assert cluster.scheduler_address(client).startswith("tls://")
+        assert all(address.startswith("tls://") for address in workers_of(client))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
