@@ -90,7 +90,8 @@ def connect(target: Any = None, *, settings: SettingsLike | None = None, **clust
         target: address of a running scheduler, a ``distributed.Client``, or any cluster object of Dask's.
         settings: TOML file or mapping whose section ``cluster`` counts, if there is no target.
         **cluster: settings of that section, such as ``workers=4``, over those of the file. Without any
-            target and settings, workers start on this machine, and end with this process.
+            target and settings, workers start on this machine, and end with this process. Of workers that
+            are Slurm jobs one is waited for; the others join when Slurm has room for them.
 
     Returns:
         The client, for whatever else Dask can do.
@@ -133,6 +134,8 @@ def train(
     storage_options: Mapping[str, Mapping[str, object]] | None = None,
 ) -> "Job":
     """Train folds; returns at once. A job that is running is found again, an interrupted one goes on.
+
+    Where the workers are Slurm jobs of this process, it first waits until there is one for each rank.
 
     Args:
         settings: TOML file, or mapping.

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from multiprocessing import resource_tracker
@@ -32,6 +33,7 @@ LOOPBACK: Final = "127.0.0.1"
 PRELOAD: Final = "h2mv_dist.jobs.preload"
 WORKER_BYTES: Final = 2 * 2**30
 """Memory there must be for each worker, where settings leave both open."""
+_POLL_SECONDS: Final = 0.2
 _SPARING: Final = {"distributed": {"worker": {"profile": {"interval": "100ms", "cycle": "60s"}}}}
 """Dask's profiler, for workers that do one thing for minutes: by default it looks every 10 ms, taking turns
 from the work, and keeps an hour of what it saw, second by second, in their memory."""
@@ -44,6 +46,8 @@ _log = logging.getLogger(__name__)
 def connect(settings: ClusterSettings) -> Iterator[Client]:
     """A client of a fresh cluster (closed at the end) or of a running scheduler (left alone).
 
+    Of Slurm's workers one is waited for: others may come much later, and each job waits for those it needs.
+
     Raises:
         JobError: the cluster cannot be started or reached, or does not take the coordinator.
     """
@@ -53,10 +57,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         else:
             cluster = stack.enter_context(start_cluster(settings))
             client = stack.enter_context(_client(cluster, cluster.security))
-            planned = len(cluster.plan)
-            if len(workers_of(client)) < planned:
-                _log.warning("waiting for %d workers; dashboard: %s", planned, client.dashboard_link)
-                cluster.wait_for_workers(planned)
+            _await_workers(client, 1 if chosen_kind(settings) == "slurm" else len(cluster.plan))
         yield install(client)
 
 
@@ -404,11 +405,13 @@ def workers_of(client: Client) -> dict[str, dict[str, Any]]:
 
 
 def require_workers(client: Client, needed: int, setting: str) -> None:
-    """Refuse gangs the cluster cannot hold.
+    """Refuse gangs the cluster cannot hold; batch jobs that are to bring enough workers are waited for.
 
     Raises:
         JobError: fewer workers than needed; such a gang would wait for ever.
     """
+    if needed <= _workers_of_batch_jobs(client):
+        _await_workers(client, needed)
     available = len(workers_of(client))
     if needed > available:
         raise JobError(
@@ -420,6 +423,25 @@ def require_workers(client: Client, needed: int, setting: str) -> None:
                 fix="start more workers (cluster.workers)" + (f", or lower {setting}" if needed > 1 else ""),
             )
         )
+
+
+def _workers_of_batch_jobs(client: Client) -> int:
+    """How many workers there are once a batch system has started all jobs of the client's own cluster.
+
+    Zero if it has none: workers of other clusters that are not there may be gone for good.
+    """
+    cluster = client.cluster
+    # dask-jobqueue's clusters have one, also those that users made themselves
+    return len(cluster.plan) if cluster is not None and hasattr(cluster, "job_script") else 0
+
+
+def _await_workers(client: Client, count: int) -> None:
+    """Wait, as long as it takes, until the client's own cluster has so many workers."""
+    if len(workers_of(client)) < count:
+        _log.warning("waiting for %d workers; dashboard: %s", count, client.dashboard_link)
+    # with Dask's own way, a cluster forgets workers that leave meanwhile before it hears of it, and fails
+    while len(workers_of(client)) < count:
+        time.sleep(_POLL_SECONDS)
 
 
 def smallest_memory(client: Client) -> int | None:

@@ -146,6 +146,6 @@ async def replace_ended_jobs(cluster: Any, n_jobs: int) -> None:
     if ended:
         # new names: the scheduler may take minutes to notice that a host is gone, and knows no namesakes
         cluster._i += n_jobs
-    await cluster._correct_state()
+    # at once: whoever asks meanwhile how many workers are to come counts the new ones
     _plan(cluster, n_jobs)
     await cluster._correct_state()

@@ -12,6 +12,7 @@ import tomllib
 import types
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from pydantic import ValidationError
 
-from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings
+import h2mv_dist as hd
+from h2mv_dist.config import ClusterSettings, SlurmSettings, TlsSettings, to_json
 from h2mv_dist.errors import JobError
 from h2mv_dist.jobs import cluster, slurm, tasks
 from h2mv_dist.jobs.cluster import (
@@ -35,11 +37,13 @@ from h2mv_dist.jobs.cluster import (
     for_ranks,
     local_workers,
     no_gpu_because,
+    require_workers,
     start_cluster,
     workers_of,
 )
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit
+from tests.jobs.conftest import small_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
@@ -388,6 +392,28 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+CROWDED = (
+    'cp "$1" "$QUEUE/script.$$"; setsid sh -c "until mv $QUEUE/room $QUEUE/taken 2> /dev/null; '
+    'do sleep 0.1; done; exec sh $QUEUE/script.$$" >> "$QUEUE/log" 2>&1 &\n'
+    'touch "$QUEUE/jobs/$!"; echo "Submitted batch job $!"'
+)
+"""An ``sbatch`` whose jobs wait for room; each file ``room`` is room for one."""
+
+
+@pytest.fixture
+def crowded(queue: Path) -> Path:
+    """Slurm has room for one job; there is more whenever ``room`` is touched again."""
+    (queue / "sbatch").write_text(f"#!/bin/sh\nQUEUE={queue}\n{CROWDED}\n")
+    (queue / "room").touch()
+    return queue
+
+
+def two_jobs(queue: Path) -> ClusterSettings:
+    """Two workers, each a job of its own."""
+    slurm = SlurmSettings(memory="2GiB", log_directory=str(queue / "logs"))
+    return ClusterSettings(kind="slurm", workers=2, interface="lo", slurm=slurm)
+
+
 def test_the_slurm_job_asks_for_what_the_settings_say(tls: TlsSettings, tmp_path: Path) -> None:
     settings = ClusterSettings(
         kind="slurm",
@@ -436,6 +462,7 @@ def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: py
     )
     jobs = queue / "jobs"
     with connect(settings) as client:
+        client.wait_for_workers(2, timeout=START_SECONDS)
         workers = workers_of(client)
         assert {w["memory_limit"] for w in workers.values()} == {600 * 2**20}
         first = sorted(job.name for job in jobs.iterdir())
@@ -450,6 +477,34 @@ def test_slurm_jobs_run_and_ended_ones_are_replaced(queue: Path, monkeypatch: py
         )
         assert_runs_jobs(client)
     assert list(jobs.iterdir()) == []
+
+
+def test_work_begins_before_slurm_has_room_for_all(crowded: Path) -> None:
+    with connect(two_jobs(crowded)) as client:
+        assert len(workers_of(client)) == 1
+        require_workers(client, 1, "inference")
+        with pytest.raises(JobError, match=r"not enough workers(.|\n)*3 for training.ranks"):
+            require_workers(client, 3, "training.ranks")
+        assert_runs_jobs(client)
+
+
+def test_a_training_waits_until_slurm_had_room_for_its_ranks(
+    crowded: Path, world_url: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = to_json(small_settings(world_url, cache, training={"ranks": 2, "epochs": 1}))
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            client = hd.connect(settings={"cluster": two_jobs(crowded).model_dump(exclude_unset=True)})
+            assert len(workers_of(client)) == 1
+            # Dask's clusters hide warnings
+            caplog.set_level("WARNING", "h2mv_dist")
+            submitted = pool.submit(hd.train, settings, str(tmp_path / "job"))
+            wait_until(lambda: "waiting for 2 workers" in caplog.text or submitted.done(), "a word of it")
+            assert not submitted.done()
+            (crowded / "room").touch()
+            assert submitted.result().wait(progress=False).state == "done"
+        finally:
+            hd.disconnect()
 
 
 def test_a_refusal_of_slurm_is_passed_on(queue: Path) -> None:
