@@ -47,9 +47,23 @@ start_workers() {
     # srun does not take the number of CPUs of a task from the batch job
     srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${worker[@]}" \
         --scheduler-file "$scheduler_file" --interface "$H2MV_INTERFACE" --nthreads 1 \
-        --memory-limit "$((SLURM_MEM_PER_CPU * SLURM_CPUS_PER_TASK / per_task))MiB" \
+        --memory-limit "$(memory_limit "$per_task")" \
         --local-directory "${TMPDIR:-/tmp}" --death-timeout 300 --dashboard-address 127.0.0.1:0 >> "$dask_log" 2>&1 &
     workers=$!
+}
+
+memory_limit() { # WORKERS_OF_A_TASK
+    # Slurm says in MiB what --mem-per-cpu or --mem asked for; without them, or for all of a node (--mem=0), nothing
+    local most
+    if [ "${SLURM_MEM_PER_CPU:-0}" != 0 ]; then
+        echo "$((SLURM_MEM_PER_CPU * SLURM_CPUS_PER_TASK / $1))MiB"
+    elif [ "${SLURM_MEM_PER_NODE:-0}" != 0 ]; then
+        # of the fullest node, as in 4(x2),3: four tasks on each of two nodes, three on another one
+        most=$(tr , '\n' <<< "$SLURM_TASKS_PER_NODE" | cut -d '(' -f 1 | sort -n | tail -n 1)
+        echo "$((SLURM_MEM_PER_NODE / (most * $1)))MiB"
+    else
+        echo auto
+    fi
 }
 
 wait_for_workers() {
