@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from h2mv_dist.config import CodePath, Settings, validate
 from h2mv_dist.errors import ConfigError, JobError
@@ -15,7 +17,9 @@ from h2mv_dist.jobs.decisions import Begun, Work, decided
 from h2mv_dist.jobs.messages import RankError
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
+from h2mv_dist.model.checkpoint import new_model
 from tests.jobs.conftest import NO_OPTIONS
+from tests.model import builders
 
 GIB = 2**30
 NOTHING = "no C++ compiler: g++ is not in PATH"
@@ -143,3 +147,32 @@ def test_the_bound_of_a_step_is_that_of_the_cheapest_way_left() -> None:
     free, eager = settings(), settings(code_path="eager", recompute=False)
     assert least_step_bytes(free, CELLS, 7000) == step_bytes(free, CELLS, 7000, "compiled", True) < GIB
     assert least_step_bytes(eager, CELLS, 7000) == step_bytes(eager, CELLS, 7000, "eager", False) > 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("path", "least"),
+    # beside what it keeps, eager code loses memory between arrays of many sizes
+    [("eager", 0.25), pytest.param("compiled", 0.9, marks=pytest.mark.slow)],
+)
+def test_a_graph_keeps_no_more_than_is_projected(path: str, least: float) -> None:
+    """At the default sizes, and in proportion to days."""
+    n_cells, kept = 64, dict[int, int]()
+    model = new_model(settings().model, builders.scaler())
+    model.compiled, model.width = path == "compiled", n_cells
+    for n_days in (32, 64):
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = model(builders.batch(n_cells, n_days), model.initial_state(n_cells))
+            # what is kept is freed with the loss, and its place used again
+            loss = sum(values.sum() for values in result.daily.values())
+        kept[n_days] = sum(storages.values())
+        projected = step_bytes(settings(batch_size=n_cells, ranks=1), n_cells, n_days, path, False)
+        assert least * projected < kept[n_days] <= projected
+        del loss
+    assert 1.8 < kept[64] / kept[32] <= 2.0
