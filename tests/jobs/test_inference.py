@@ -102,6 +102,10 @@ def test_tiled_and_blocked_equal_one_piece(
     """The piece is computed as the model is written."""
     settings = small_settings(world_url, cache, inference={"members": "all", "code_path": code_path})
     infer(client, settings, job, tmp_path / "cube.zarr")
+    written = small_settings(world_url, cache, inference={"members": "all", "code_path": "eager"})
+    infer(client, written, job, tmp_path / "written.zarr")
+    runoff = [contents(tmp_path / cube / "runoff" / "c") for cube in ("cube.zarr", "written.zarr")]
+    assert (runoff[0] == runoff[1]) == (code_path == "eager"), "compiled code rounds otherwise"
     planned = plan_inference(settings, job, NO_OPTIONS)
     whole = planned.source.grid.tiles(planned.source.grid.shape)[0]
     land = planned.source.grid.mask
