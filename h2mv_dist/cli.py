@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a comparison failed (``verify``, ``verify-cube``), 2 wrong
 """
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -86,12 +87,13 @@ def world(
     resolution: Annotated[float, typer.Option(help="Edge of a grid cell, degrees; divides 180.")] = 4.0,
     years: Annotated[int, typer.Option(min=1, help="Whole years of weather, from 2001 on.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weather, noise and gaps.")] = 0,
+    settings: ClusterFile = None,
 ) -> None:
     """Make up a plausible world on the real land mask, to try everything without any download."""
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.worlds import make_world
 
-    options = known_options(StorageOptions())
+    options = known_options(load_options(settings))
     made = make_world(path, resolution=resolution, years=years, seed=seed, options=options)
     console.print(f"wrote {made.url}: {made.n_land} land cells, {made.period}", soft_wrap=True)
     console.print(f"its hidden true model: {made.truth_url}", soft_wrap=True)
@@ -109,6 +111,7 @@ def train(
             metavar="JOB", help="Go on with the job in this folder, with its settings.", callback=place
         ),
     ] = None,
+    file: ClusterFile = None,
     set_: Overrides = None,
     address: Address = None,
     sweep: Annotated[
@@ -116,7 +119,7 @@ def train(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Train with this many seeds each.")] = None,
 ) -> None:
-    """Train the folds of a model: SETTINGS and --job, or --resume.
+    """Train the folds of a model: SETTINGS and --job, or --resume and, for storage options, --settings.
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
@@ -125,16 +128,16 @@ def train(
     from h2mv_dist.jobs.training import plan_training, start_training
 
     folder = resume or job
-    if folder is None or (settings is None) == (resume is None):
-        raise typer.BadParameter("give a settings file and --job, or --resume alone")
+    if folder is None or (settings is None) == (resume is None) or (settings and file):
+        raise typer.BadParameter("give a settings file and --job, or --resume, alone or with --settings")
     extra = [*(set_ or []), *_sweep_overrides(sweep, seeds)]
-    chosen, options = _settings(settings, extra, address, resume)
+    chosen, options = _settings(settings or file, extra, address, resume)
     plan = plan_training(chosen, folder, options)
     name = job_id("train", folder)
     _run(
         for_ranks(chosen.cluster, chosen.training.ranks),
         lambda client: _found_running(client, name) or start_training(client, plan),
-        f"h2mv-dist train --resume {folder}",
+        resuming=_resuming(folder, settings or file, with_address(set_, address)),
     )
     console.print(f"trained; checkpoints, metrics, logs and summary.csv: {folder}", soft_wrap=True)
 
@@ -232,6 +235,7 @@ def compact(
     chunk: Annotated[
         str | None, typer.Option(help="Cells of a chunk along each spatial axis: 10,10. The cube's if new.")
     ] = None,
+    settings: ClusterFile = None,
     set_: Overrides = None,
     address: Address = None,
 ) -> None:
@@ -246,13 +250,13 @@ def compact(
     from h2mv_dist.jobs.messages import job_id
 
     changes = with_address(set_, address)
-    options, settings = known_options(load_options(None, changes)), load_cluster(None, changes)
+    options, cluster = known_options(load_options(settings, changes)), load_cluster(settings, changes)
     plan = plan_compact(
         cube, target, options, shard_days=shard_days, chunk_days=chunk_days, chunk=_sizes(chunk)
     )
     console.print(plan.summary(), soft_wrap=True)
     name = job_id("compact", target)
-    _run(settings, lambda client: _found_running(client, name) or start_compact(client, plan, options))
+    _run(cluster, lambda client: _found_running(client, name) or start_compact(client, plan, options))
     console.print(f"compacted; open it with {_opening(target)}", markup=False, soft_wrap=True)
 
 
@@ -265,13 +269,14 @@ def export(
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard's event files (needs h2mv-dist[monitor]).")
     ] = None,
+    settings: ClusterFile = None,
 ) -> None:
     """Hand a training job's numbers to other tools."""
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.export import metrics_table, to_tensorboard
     from h2mv_dist.jobs.records import JobFolder
 
-    folder = JobFolder(job, known_options(StorageOptions()))
+    folder = JobFolder(job, known_options(load_options(settings)))
     if metrics is None and tensorboard is None:
         raise typer.BadParameter("say what to write: --metrics FILE.csv, --tensorboard FOLDER, or both")
     if metrics is not None:
@@ -295,6 +300,7 @@ def extract(
         tuple[float, float, float, float] | None,
         typer.Option(help="South, north, west, east, degrees; everywhere if left out."),
     ] = None,
+    settings: ClusterFile = None,
 ) -> None:
     """Write part of a cube as one NetCDF file."""
     from h2mv_dist.grid import Period
@@ -303,7 +309,7 @@ def extract(
     from h2mv_dist.jobs.cluster import known_options
 
     days = None if period is None else Period.parse(period)
-    options = known_options(StorageOptions())
+    options = known_options(load_options(settings))
     part = select(cube, options, variables=tuple(variable or ()), period=days, box=box)
     with explained(cube, options):
         write_netcdf(part, file)
@@ -354,6 +360,7 @@ def check_cube(
     repair: Annotated[
         bool, typer.Option("--repair", help="Compute again what is missing or damaged.")
     ] = False,
+    file: ClusterFile = None,
     set_: Overrides = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -372,11 +379,11 @@ def check_cube(
     from h2mv_dist.model.registry import model_kind
 
     changes = with_address(set_, address)
-    options = known_options(load_options(None, changes))
+    options = known_options(load_options(file, changes))
     recorded, job = recorded_job(cube, options)
     settings = revise(validate(recorded, where=f"the settings in {cube}"), changes)
     # a cube says nothing of clusters
-    settings = settings.model_copy(update={"cluster": load_cluster(None, changes)})
+    settings = settings.model_copy(update={"cluster": load_cluster(file, changes)})
     spec = model_kind(settings.model.name).spec
     found = verify_cube(cube, options, budget=spec.budget, share=sample)
     if repair and not found.complete:
@@ -477,7 +484,10 @@ def stop(address: Address = None, settings: ClusterFile = None) -> None:
 def _settings(
     path: str | None, overrides: list[str] | None, address: str | None, resume: str | None = None
 ) -> tuple[Settings, StorageOptions]:
-    """Settings of a file, or those a job was created with, under those of the command line."""
+    """Settings of a file, or those a job was created with, under those of the command line.
+
+    Where a job is resumed, only the cluster and the storage options of the file count.
+    """
     from h2mv_dist.jobs.cluster import known_options
     from h2mv_dist.jobs.configuration import leave_template, load
     from h2mv_dist.jobs.records import JobFolder
@@ -486,8 +496,20 @@ def _settings(
     changes = with_address(overrides, address)
     if resume is None:
         return load(path, changes)
-    options = known_options(load_options(None, changes))
-    return revise(JobFolder(resume, options).settings(), changes), options
+    options = known_options(load_options(path, changes))
+    return revise(JobFolder(resume, options).settings(), changes, path), options
+
+
+def _resuming(folder: str, file: str | None, changes: list[str]) -> str:
+    """The command that goes on with a training job: its records hold all but storage options."""
+    if load_options(None, changes):
+        # they may be secrets, which are not printed
+        return _THE_SAME
+    words = ["h2mv-dist", "train", "--resume", folder]
+    if file is not None and load_options(file):
+        # its cluster comes before the recorded one, so that what came before its cluster has to be said again
+        words += ["--settings", str(Path(file).absolute()), *(f"--set={change}" for change in changes)]
+    return shlex.join(words)
 
 
 def _fill(
@@ -538,6 +560,8 @@ def _run(
     start: "Callable[[Client], JobHandle | None]",
     again: str = _THE_SAME,
     out: "Console" = console,
+    *,
+    resuming: str | None = None,
 ) -> bool:
     """Start a job, or find it running, and watch it until it has ended; False if there was nothing to do.
 
@@ -546,15 +570,17 @@ def _run(
         start: given a client, starts the job; None if there is nothing to do.
         again: the command that goes on with it.
         out: where all this is shown.
+        resuming: the command that goes on with it once it was started, if that is another one.
     """
     from h2mv_dist.display import watching
 
-    with _client(cluster, again) as client:
+    with _client(cluster) as client:
         out.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        handle = start(client)
+        with _telling_fate(cluster, again):
+            handle = start(client)
         if handle is None:
             return False
-        with watching(out) as watch:
+        with _telling_fate(cluster, resuming or again), watching(out) as watch:
             handle.wait(watch)
     return True
 
@@ -648,13 +674,13 @@ def _terminate(*_: object) -> None:
 
 
 @contextmanager
-def _client(cluster: ClusterSettings, again: str) -> Iterator["Client"]:
-    """A client of the cluster; both Ctrl-C and SIGTERM of a batch system close it, and say how to go on."""
+def _client(cluster: ClusterSettings) -> Iterator["Client"]:
+    """A client of the cluster, which both Ctrl-C and SIGTERM of a batch system close."""
     from h2mv_dist.jobs.cluster import connect
 
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with connect(cluster) as client, _telling_fate(cluster, again):
+        with connect(cluster) as client:
             yield client
     except KeyboardInterrupt as stop:
         raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED) from None
@@ -673,7 +699,7 @@ def _telling_fate(cluster: ClusterSettings, again: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elsewhere = cluster.address or cluster.scheduler_file
         fate = "the job goes on; watch it" if elsewhere else "the job stops with its cluster; go on"
-        console.print(f"{fate} with: {again}", soft_wrap=True)
+        console.print(f"{fate} with: {again}", markup=False, soft_wrap=True)
         raise
 
 

@@ -653,15 +653,19 @@ def load_cluster(
     return _built(_ClusterSection, own, where, of_site).cluster
 
 
-def revise(settings: Settings, overrides: Sequence[str]) -> Settings:
-    """Settings with ``section.key=value`` overrides; those of storage options are ignored.
+def revise(settings: Settings, overrides: Sequence[str], file: SettingsLike | None = None) -> Settings:
+    """Settings with the cluster section of a file, and ``section.key=value`` overrides, which come first.
+
+    Storage options of either are ignored.
 
     Raises:
-        ConfigError: a setting is unknown or not valid.
+        ConfigError: the file cannot be read, or a setting is unknown or not valid.
     """
+    of_file = {"cluster": load_cluster(file).model_dump(mode="json", exclude_unset=True)}
     changes = _changes(overrides)
     changes.pop(_SECRET_TABLE, None)
-    return validate(layered(to_json(settings), changes), where="command line")
+    tree = layered(layered(to_json(settings), of_file), changes)
+    return validate(tree, where="command line" if file is None else f"{file} and the command line")
 
 
 def load_options(path: SettingsLike | None, overrides: Sequence[str] = ()) -> StorageOptions:

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from h2mv_dist.cli import _opening, app
+from h2mv_dist.cli import _opening, _resuming, app
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, load, to_json, validate
 from h2mv_dist.errors import ConfigError
 from h2mv_dist.jobs.records import JobFolder
@@ -176,6 +177,49 @@ def test_a_job_goes_on_elsewhere(
     ((settings, _),) = plans
     found = settings.cluster
     assert (found.kind, found.address, found.scheduler_file) == (kind, address, None)
+
+
+def test_a_job_takes_the_cluster_of_the_file_it_goes_on_with(
+    plans: list[tuple[Settings, str]], tmp_path: Path
+) -> None:
+    recorded = {"data": {"url": "/x"}, "cluster": {"address": "tcp://x:1", "workers": 3}}
+    JobFolder(str(tmp_path), StorageOptions()).create(validate(recorded, "test"))
+    file = tmp_path / "settings.toml"
+    for text in ("", '[data]\nurl = "/y"\n[training]\nranks = 9\n[cluster]\nkind = "local"\n'):
+        file.write_text(f"{text}[storage_options.file]\nauto_mkdir = true\n")
+        with pytest.raises(PlannedError):
+            app(["train", "--resume", str(tmp_path), "--settings", str(file)], standalone_mode=False)
+    (before, _), (after, _) = plans
+    assert (before.cluster.kind, before.cluster.address) == ("auto", "tcp://x:1")
+    assert (after.cluster.kind, after.cluster.address, after.cluster.workers) == ("local", None, 3)
+    assert (after.data.url, after.training.ranks) == ("/x", before.training.ranks)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["settings.toml", "--job", "job", "--settings", "settings.toml"],
+        ["settings.toml", "--resume", "job"],
+        ["settings.toml", "--resume", "job", "--settings", "settings.toml"],
+        ["--job", "job", "--settings", "settings.toml"],
+    ],
+)
+def test_a_job_has_one_file_of_settings(words: list[str]) -> None:
+    with pytest.raises(typer.BadParameter, match="or --resume, alone or with --settings"):
+        app(["train", *words], standalone_mode=False)
+
+
+def test_the_command_that_goes_on_says_what_is_not_recorded(tmp_path: Path) -> None:
+    plain, with_options = tmp_path / "plain.toml", tmp_path / "with options.toml"
+    plain.write_text("[cluster]\nworkers = 2\n")
+    with_options.write_text(f'[storage_options.s3]\nsecret = "{SECRET}"\n')
+    changes, start = ["cluster.kind=local"], "h2mv-dist train --resume s3://b/job"
+    assert _resuming("s3://b/job", None, changes) == start
+    assert _resuming("s3://b/job", str(plain), changes) == start
+    expected = f"{start} --settings '{with_options}' --set=cluster.kind=local"
+    assert _resuming("s3://b/job", str(with_options), changes) == expected
+    given = [f"storage_options.s3.secret={SECRET}"]
+    assert _resuming("s3://b/job", None, given) == "the same command", "secrets are not printed"
 
 
 @pytest.mark.parametrize(
