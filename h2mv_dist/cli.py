@@ -123,7 +123,7 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
-    from h2mv_dist.jobs.cluster import for_ranks
+    from h2mv_dist.jobs.cluster import for_work
     from h2mv_dist.jobs.messages import job_id
     from h2mv_dist.jobs.training import plan_training, start_training
 
@@ -132,10 +132,15 @@ def train(
         raise typer.BadParameter("give a settings file and --job, or --resume, alone or with --settings")
     extra = [*(set_ or []), *_sweep_overrides(sweep, seeds)]
     chosen, options = _settings(settings or file, extra, address, resume)
-    plan = plan_training(chosen, folder, options)
-    name = job_id("train", folder)
+    plan, training = plan_training(chosen, folder, options), chosen.training
+    name, gangs = job_id("train", folder), sum(len(run.attempts) for run in plan.runs)
     _run(
-        for_ranks(chosen.cluster, chosen.training.ranks),
+        for_work(
+            chosen.cluster,
+            threads=training.threads or 1,
+            least=training.ranks,
+            most=training.ranks * gangs,
+        ),
         lambda client: _found_running(client, name) or start_training(client, plan),
         resuming=_resuming(folder, settings or file, with_address(set_, address)),
     )
@@ -524,6 +529,7 @@ def _fill(
     out: "Console" = console,
 ) -> None:
     """Compute what a cube lacks, what is damaged, and what it holds ``since`` some day, and wait for it."""
+    from h2mv_dist.jobs.cluster import for_work
     from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference
     from h2mv_dist.jobs.handle import require_idle
     from h2mv_dist.jobs.inference import forget_damage, start_inference
@@ -549,7 +555,7 @@ def _fill(
         return handle
 
     again = _THE_SAME if since is None else f"{_THE_SAME}, without --from"
-    if _run(settings.cluster, start, again, out):
+    if _run(for_work(settings.cluster, threads=settings.inference.threads), start, again, out):
         out.print(f"finished; open it with {_opening(cube)}", markup=False, soft_wrap=True)
     else:
         out.print(f"nothing to do: every tile of {cube} has its receipt", soft_wrap=True)

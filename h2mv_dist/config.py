@@ -529,7 +529,8 @@ class ClusterSettings(_Settings):
     workers: int | None = Field(None, ge=1, le=10_000)
     """Worker processes, over all Slurm jobs; ``cuda`` starts one a visible GPU instead. If left out: two for
     Slurm; for ``local`` one a core, or fewer if they have several threads, or if memory gave each less than
-    ``memory_limit`` (``auto``: 2 GiB), but with ``h2mv-dist train`` at least ``training.ranks``."""
+    ``memory_limit`` (``auto``: 2 GiB), but with ``h2mv-dist train`` at least ``training.ranks``, and no more
+    than all folds have use for."""
     address: str | None = None
     """Running scheduler, for ``kind = "address"``."""
     scheduler_file: str | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from h2mv_dist.jobs.handle import Watcher
@@ -77,7 +78,7 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
     for column in FOLD_COLUMNS:
         table.add_column(column, justify="left" if column in ("fold", "state") else "right")
     for unit in status["units"]:
-        name, state, *rest = fold_cells(unit)
+        name, state, *rest = map(escape, fold_cells(unit))
         table.add_row(name, _state(state), *rest)
     return table
 
@@ -108,7 +109,7 @@ def _tile_table(status: Mapping[str, Any]) -> Table:
     for column in PART_COLUMNS:
         table.add_column(column, justify="left" if column in ("part", "state", "worker") else "right")
     for unit in parts_under_way(status):
-        name, state, *rest = part_cells(unit)
+        name, state, *rest = map(escape, part_cells(unit))
         table.add_row(name, _state(state), *rest)
     return table
 

@@ -82,12 +82,12 @@ class Budget:
 
 
 def largest_gap(gaps: NDArray[np.float64]) -> float:
-    """The largest of those that are numbers, mm; 0 where there is none.
+    """The largest of those that are finite, mm; 0 where there is none.
 
-    >>> largest_gap(np.array([0.25, np.nan, 0.5]))
+    >>> largest_gap(np.array([0.25, np.nan, 0.5, np.inf]))
     0.5
     """
-    return float(np.fmax.reduce(gaps, axis=None, initial=0.0))
+    return float(np.max(gaps, initial=0.0, where=np.isfinite(gaps)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,16 +53,17 @@ start_workers() {
 }
 
 memory_limit() { # WORKERS_OF_A_TASK
-    # Slurm says in MiB what --mem-per-cpu or --mem asked for; without them, or for all of a node (--mem=0), nothing
     local most
+    # of the fullest node, as in 4(x2),3: four tasks on each of two nodes, three on another one
+    most=$(tr , '\n' <<< "$SLURM_TASKS_PER_NODE" | cut -d '(' -f 1 | sort -n | tail -n 1)
+    # Slurm says in MiB what --mem-per-cpu or --mem asked for; without them, or for all of a node (--mem=0), nothing
     if [ "${SLURM_MEM_PER_CPU:-0}" != 0 ]; then
         echo "$((SLURM_MEM_PER_CPU * SLURM_CPUS_PER_TASK / $1))MiB"
     elif [ "${SLURM_MEM_PER_NODE:-0}" != 0 ]; then
-        # of the fullest node, as in 4(x2),3: four tasks on each of two nodes, three on another one
-        most=$(tr , '\n' <<< "$SLURM_TASKS_PER_NODE" | cut -d '(' -f 1 | sort -n | tail -n 1)
         echo "$((SLURM_MEM_PER_NODE / (most * $1)))MiB"
     else
-        echo auto
+        # Dask takes a number below 1 for a share of the node
+        awk "BEGIN { print 1 / ($most * $1) }"
     fi
 }
 

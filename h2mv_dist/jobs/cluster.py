@@ -218,28 +218,41 @@ def _new_cluster(
     return cluster
 
 
-def local_workers(settings: ClusterSettings, cores: int = CPU_COUNT, memory: int = MEMORY_LIMIT) -> int:
+def local_workers(
+    settings: ClusterSettings, *, threads: int = 1, cores: int = CPU_COUNT, memory: int = MEMORY_LIMIT
+) -> int:
     """Workers on this machine's cores: as set, else as many as compute at once and have memory.
 
     Args:
         settings: of the cluster.
+        threads: of torch in each worker.
         cores: that this process may use, by its affinity and control group.
         memory: of the machine, or of this process's control group, bytes.
 
-    >>> local_workers(ClusterSettings(), 8, 64 * 2**30), local_workers(ClusterSettings(), 8, 6 * 2**30)
-    (8, 3)
+    >>> [local_workers(ClusterSettings(), cores=8, memory=gib * 2**30) for gib in (64, 6)]
+    [8, 3]
     """
     if settings.workers is not None:
         return settings.workers
     each = memory_limit(settings) or WORKER_BYTES
-    return max(1, min(cores // settings.threads_per_worker, memory // each))
+    return max(1, min(cores // max(threads, settings.threads_per_worker), memory // each))
 
 
-def for_ranks(settings: ClusterSettings, ranks: int) -> ClusterSettings:
-    """With a worker for each rank of a fold, where settings leave open how many start on this machine."""
+def for_work(
+    settings: ClusterSettings, *, threads: int = 1, least: int = 1, most: int | None = None
+) -> ClusterSettings:
+    """With the workers that some work needs, where settings leave open how many start on this machine.
+
+    Args:
+        settings: of the cluster.
+        threads: of torch in each worker.
+        least: workers without which it cannot begin.
+        most: workers it has use for; each has more memory if they are few.
+    """
     if settings.workers is not None or chosen_kind(settings) != "local":
         return settings
-    return settings.model_copy(update={"workers": max(ranks, local_workers(settings))})
+    wanted = local_workers(settings, threads=threads)
+    return settings.model_copy(update={"workers": max(least, min(wanted, most or wanted))})
 
 
 def memory_limit(settings: ClusterSettings) -> int | None:

@@ -36,7 +36,7 @@ from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.rollback import require_finished, rolled_back
 from h2mv_dist.jobs.simulation import PART_CELLS, PART_DAYS
 from h2mv_dist.model.checkpoint import Checkpoint, checksum, code_versions
-from h2mv_dist.model.days import no_compiler_because
+from h2mv_dist.model.days import no_tools_because
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.spec import ModelSpec
 from h2mv_dist.variables import by_name_or_group, variable
@@ -333,13 +333,13 @@ def _target(settings: Settings, source: Source, progress: Progress | None, appen
 
 
 def _require_no_gap(chosen: Period | None, progress: Progress) -> None:
-    there = Period(progress.period.start, progress.intended.stop)
-    if chosen is not None and chosen.start not in (there.start, there.stop):
+    """A cube's settings say all of its days, so that it can be repaired with them."""
+    if chosen is not None and chosen.start != progress.period.start:
         raise ConfigError(
             describe(
-                "the days to append leave a gap, or overlap with the cube's",
+                "days to append leave a gap, or overlap with the cube's",
                 where="inference.period",
-                expected=f"a start on {there.stop}, or on {there.start} with the cube's own days",
+                expected=f"a start on {progress.period.start}, with the cube's own days",
                 actual=str(chosen),
                 fix="leave it out to append all there is; --from DATE computes days anew",
             )
@@ -361,21 +361,26 @@ def _appended(progress: Progress, wanted: Period, settings: Settings, source: So
                 "cubes are best created with the inference.period ending where a shard does",
             )
         )
-    whole = (wanted.stop - start).days // shard_days * shard_days
-    stop = max(as_date(progress.period.first + whole), progress.intended.stop)
+
+    def in_whole_shards(days: Period) -> date:
+        whole = (days.stop - start).days // shard_days * shard_days
+        return as_date(progress.period.first + whole)
+
+    stop = max(in_whole_shards(wanted), progress.intended.stop)
     if stop <= progress.period.stop:
-        raise _nothing_to_append(progress.period.stop, wanted, settings, source)
+        left_out = in_whole_shards(source.period) > stop
+        raise _nothing_to_append(progress.period.stop, left_out, settings, source)
     return Period(start, stop)
 
 
-def _nothing_to_append(end: date, wanted: Period, settings: Settings, source: Source) -> Exception:
+def _nothing_to_append(end: date, left_out: bool, settings: Settings, source: Source) -> Exception:
     """Of days that may come, or, which a timer must not wait for, of days that the settings leave out."""
-    if wanted.stop < source.period.stop:
+    if left_out:
         return ConfigError(
             describe(
                 "nothing to append: the settings leave out the days behind the cube's",
                 where="inference.period",
-                expected=f"days after {end}; the forcing goes on until {source.period.stop}",
+                expected=f"a whole shard of days after {end}; the forcing goes on until {source.period.stop}",
                 actual=str(settings.inference.period),
                 fix="leave it out; a cube that exists keeps its first day, its baseline and its spin-up",
             )
@@ -397,7 +402,8 @@ def _code_path(chosen: CodePath, cell_days: int, known: Mapping[str, str] | None
         return chosen
     if known:
         return known["code_path"]
-    return chosen_path(chosen, "cpu", cell_days, no_compiler_because(), "inference.code_path")
+    # workers compile, not this machine, whose folders may be of no use for it
+    return chosen_path(chosen, "cpu", cell_days, no_tools_because(), "inference.code_path")
 
 
 def _references(

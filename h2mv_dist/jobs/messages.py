@@ -167,6 +167,8 @@ class Unit:
         """Begin a new attempt on these workers."""
         self.attempt += 1
         self.state, self.workers, self.pause = "running", workers, 0.0
+        # days are computed anew, epochs are not
+        self.latest = {name: told for name, told in self.latest.items() if name not in ("days", "of")}
 
     def end(self, failure: Failure, now: float) -> None:
         """Note a failed attempt: the unit waits for another one, unless that would be in vain.

@@ -7,6 +7,7 @@ and found again on disk by the next one.
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -66,23 +67,28 @@ def compiler() -> str:
 
 def no_compiler_because() -> str:
     """Why blocks cannot be compiled here, and run; empty if they can, as it was seen once in this process."""
+    return no_tools_because() or no_folder_because() or _no_library_because(compiler(), code_folder())
+
+
+def no_tools_because() -> str:
+    """What is not installed that compiling takes, on this machine as on others like it; empty if all is."""
     path = shutil.which(compiler())
     if path is None:
         return f"no C++ compiler: {compiler()} is not in PATH"
+    if not _knows_language(path):
+        return f"{path} does not know C++20, as g++ does from version 10 on"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        return f"Python's headers are not installed: there is no {header}"
-    return no_folder_because() or _no_library_because(path, code_folder())
+    return "" if header.exists() else f"Python's headers are not installed: there is no {header}"
 
 
 def _no_library_because(path: str, folder: Path) -> str:
     try:
         _prove(path, folder)
     except OSError as error:
-        if not _knows_language(path):
-            return f"{path} does not know C++20, as g++ does from version 10 on"
         reason = " ".join(str(error).split())[-300:]
-        return f"what {path} makes in {folder} cannot be loaded (noexec, or full?): {reason}; {INSTEAD}"
+        if any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT)):
+            return ""  # that may pass, and is waited for where room is needed
+        return f"what {path} makes in {folder} cannot be loaded (noexec?): {reason}; {INSTEAD}"
     return ""
 
 
@@ -108,6 +114,7 @@ def _prove(path: str, folder: Path) -> None:
         Path(library).unlink(missing_ok=True)
 
 
+@cache
 def _knows_language(path: str) -> bool:
     command = [path, *LANGUAGE, "-fsyntax-only", os.devnull]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0

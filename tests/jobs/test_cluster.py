@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 import trustme
+from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from pydantic import ValidationError
@@ -34,7 +35,7 @@ from h2mv_dist.jobs.cluster import (
     LOOPBACK,
     chosen_kind,
     connect,
-    for_ranks,
+    for_work,
     local_workers,
     no_gpu_because,
     require_workers,
@@ -42,7 +43,7 @@ from h2mv_dist.jobs.cluster import (
     workers_of,
 )
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from tests.jobs.conftest import small_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
 
@@ -89,13 +90,14 @@ def assert_runs_jobs(client: Client) -> None:
 
 def test_of_many_failed_units_the_first_are_heard(client: Client) -> None:
     units = tuple(Unit(f"tile-{number}", "tile", {}, attempts=1) for number in range(50))
+    many = job_id("infer", "many")
     with pytest.raises(JobError) as failed:
-        submit(client, Job("many", "", {}, units)).wait()
+        submit(client, Job(many, "", {}, units)).wait()
     *said, more, last = str(failed.value).splitlines()
     assert len(said) == 3
     assert all(re.match(r"tile-\d+ \(attempt 1\): ", line) for line in said)
     assert more == "... and 47 more"
-    assert last.startswith("50 of 50 units of many failed")
+    assert last.startswith(f"50 of 50 units of {many} failed")
 
 
 @pytest.fixture(scope="module")
@@ -238,19 +240,23 @@ def test_one_worker_a_core_unless_memory_or_settings_say_otherwise(
     settings: dict[str, Any], cores: int, gibibytes: int, expected: int
 ) -> None:
     chosen = ClusterSettings(kind="local", **settings)
-    assert local_workers(chosen, cores, gibibytes * 2**30) == expected
+    assert local_workers(chosen, cores=cores, memory=gibibytes * 2**30) == expected
 
 
-def test_each_rank_of_a_fold_has_a_worker_if_settings_leave_it_open() -> None:
-    usual = local_workers(ClusterSettings())
-    assert for_ranks(ClusterSettings(kind="local"), 1).workers == usual
-    assert for_ranks(ClusterSettings(kind="local"), usual + 1).workers == usual + 1
+def test_work_has_the_workers_it_needs_if_settings_leave_it_open() -> None:
+    local = ClusterSettings(kind="local")
+    usual = local_workers(local)
+    assert local_workers(local, threads=4, cores=16, memory=64 * 2**30) == 4
+    assert for_work(local).workers == usual
+    assert for_work(local, threads=10 * CPU_COUNT).workers == 1
+    assert for_work(local, least=usual + 1, most=usual + 3).workers == usual + 1, "each rank has one"
+    assert for_work(local, most=1).workers == 1, "the others would have nothing to do"
     for settings in (
         ClusterSettings(kind="local", workers=1),
         ClusterSettings(kind="slurm"),
         ClusterSettings(address="tcp://x:1"),
     ):
-        assert for_ranks(settings, 8) == settings
+        assert for_work(settings, least=8) == settings
 
 
 def test_so_many_start() -> None:

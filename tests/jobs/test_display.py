@@ -19,11 +19,11 @@ def unit(name: str, state: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def status() -> dict[str, Any]:
     """Of four tiles, one is done, one is at its first fifth, and one has failed once."""
-    begun = {"attempt": 1, "workers": ["tcp://10.0.0.7:1"], "latest": {"days": 73, "of": 365}}
+    begun = {"attempt": 1, "workers": ["tcp://[fd00::1]:1"], "latest": {"days": 73, "of": 365}}
     units = [
         unit("0-4_0-6", "done", attempt=1),
         unit("0-4_6-12", "running", **begun),
-        unit("4-8_0-6", "queued", attempt=1, pause=2.0, error="the store kept failing"),
+        unit("4-8_0-6", "queued", attempt=1, pause=2.0, error="the store kept failing [/b]"),
         unit("4-8_6-12", "queued"),
     ]
     job = {"id": "infer-cube", "place": "s3://b/cube.zarr", "units": units, "finished": False}
@@ -41,7 +41,13 @@ def test_tiles_under_way_are_named(status: dict[str, Any]) -> None:
     out = io.StringIO()
     Console(file=out, width=120).print(table_of(status))
     for said in (out.getvalue(), jobs_html([status])):
-        for part in ("0-4_6-12", "tcp://10.0.0.7:1", "73 of 365", "4-8_0-6", "waits: the store kept failing"):
+        for part in (
+            "0-4_6-12",
+            "tcp://[fd00::1]:1",
+            "73 of 365",
+            "4-8_0-6",
+            "waits: the store kept failing [/b]",
+        ):
             assert part in said
         assert "4-8_6-12" not in said, "it has not begun"
         assert "1 of 4" in said

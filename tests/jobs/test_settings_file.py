@@ -72,7 +72,7 @@ def test_an_interrupted_training_goes_on_with_what_is_printed(
     assert program == "h2mv-dist"
     assert words[:3] == ["train", "--resume", job]
     command = [sys.executable, "-m", "h2mv_dist.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START_SECONDS)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * START_SECONDS)
     assert done.returncode == 0, done.stderr
     assert f"trained; checkpoints, metrics, logs and summary.csv: {job}" in done.stdout
     assert SECRET not in log.read_text() + done.stdout + done.stderr

@@ -208,13 +208,14 @@ def test_a_tile_tells_how_far_it_is(tmp_path: Path) -> None:
     assert told[3:] == [(30, 60), (60, 60)]
 
 
-def test_values_that_are_not_finite_are_counted_and_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", ["nan", "inf"])
+def test_values_that_are_not_finite_are_counted_and_found(tmp_path: Path, broken: str) -> None:
     sizes = Sizes()
     write_data(Place(str(tmp_path / "data"), NO_OPTIONS), sizes)
     planned = plan(str(tmp_path / "data"), sizes)
     tiles = context(planned, str(tmp_path / "cube.zarr"))
     for weights in tiles.ensemble.models[1].parameters():
-        weights.data.fill_(float("nan"))
+        weights.data.fill_(float(broken))
     compute_tile(tiles, planned.layout.tiles[0])
     finish_cube(tiles)
     found = verify_cube(tiles.cube.url, NO_OPTIONS, budget=planned.spec.budget)

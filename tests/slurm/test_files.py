@@ -37,8 +37,8 @@ def test_scripts_are_sound(script: Path) -> None:
             },
             "32768MiB",
         ),
-        ({"SLURM_MEM_PER_NODE": "0"}, "auto"),
-        ({}, "auto"),
+        ({"SLURM_MEM_PER_NODE": "0"}, "0.25"),
+        ({}, "0.25"),
     ],
 )
 def test_workers_share_the_memory_that_was_asked_for(
