@@ -1,6 +1,7 @@
 """Clusters of every kind, with real schedulers and workers that listen on 127.0.0.1 only."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -14,7 +15,9 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import dask
@@ -495,22 +498,26 @@ def test_work_begins_before_slurm_has_room_for_all(crowded: Path) -> None:
 
 
 def test_a_training_waits_until_slurm_had_room_for_its_ranks(
-    crowded: Path, world_url: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    crowded: Path, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
+    # Dask's clusters change the levels of handlers that are there, pytest's included
+    told: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    handler, log = QueueHandler(told), logging.getLogger(cluster.__name__)
     settings = to_json(small_settings(world_url, cache, training={"ranks": 2, "epochs": 1}))
     with ThreadPoolExecutor(1) as pool:
         try:
             client = hd.connect(settings={"cluster": two_jobs(crowded).model_dump(exclude_unset=True)})
             assert len(workers_of(client)) == 1
-            # Dask's clusters hide warnings
-            caplog.set_level("WARNING", "h2mv_dist")
+            log.addHandler(handler)
             submitted = pool.submit(hd.train, settings, str(tmp_path / "job"))
-            wait_until(lambda: "waiting for 2 workers" in caplog.text or submitted.done(), "a word of it")
+            wait_until(lambda: not told.empty() or submitted.done(), "a word of it")
+            assert "waiting for 2 workers" in told.get_nowait().getMessage()
             assert not submitted.done()
             (crowded / "room").touch()
             assert submitted.result().wait(progress=False).state == "done"
         finally:
             hd.disconnect()
+            log.removeHandler(handler)
 
 
 def test_a_refusal_of_slurm_is_passed_on(queue: Path) -> None:
