@@ -175,11 +175,13 @@ def _baseline(modules: Sequence[str] = IMPORTS) -> int:
 
 def _watch() -> None:
     """The kernel keeps the peak of one process, not of several: a compiler's comes with the worker's own."""
+    ours = psutil.Process().cmdline()
     while True:
         held = status_bytes("VmRSS")
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                held += int(child.memory_info().rss)
+                # one that is just being forked holds nothing of its own
+                held += int(child.memory_info().rss) if child.cmdline() != ours else 0
         _with_children[0] = max(_with_children[0], held)
         time.sleep(SAMPLE_SECONDS)
 
