@@ -476,14 +476,17 @@ def info(address: Address = None, settings: ClusterFile = None, as_json: AsJson 
 
 
 @cluster_app.command("stop")
-def stop(address: Address = None, settings: ClusterFile = None) -> None:
+def stop(address: Address = None, settings: ClusterFile = None, as_json: AsJson = False) -> None:
     """Stop a running scheduler and its workers; jobs stop with them, and go on when submitted again."""
     from h2mv_dist.jobs.cluster import connect, scheduler_address
 
     with connect(named_scheduler(settings, with_address(None, address))) as client:
         where = scheduler_address(client)
         client.shutdown()
-    console.print(f"stopped {where}", soft_wrap=True)
+    if as_json:
+        print_json({"stopped": where})
+    else:
+        console.print(f"stopped {where}", soft_wrap=True)
 
 
 def _settings(

@@ -98,10 +98,15 @@ def logs(
     address: Address = None,
     settings: ClusterFile = None,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print what the ranks of a training job printed, and how they ended."""
     with _found(job, settings, with_address(set_, address)) as found:
-        typer.echo(str(found.logs(unit, attempt=attempt, rank=rank)))
+        printed = found.logs(unit, attempt=attempt, rank=rank)
+    if as_json:
+        print_json([log._asdict() for log in printed])
+    else:
+        typer.echo(str(printed))
 
 
 @jobs_app.command("cancel")
@@ -110,13 +115,18 @@ def cancel(
     address: Address = None,
     settings: ClusterFile = None,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
     from h2mv_dist.jobs.training import cancel_jobs
 
     with _connected(settings, with_address(set_, address), needed=True) as client:
-        for name in cancel_jobs(client, job):
-            console.print(f"cancelled {name}; the same command that started it goes on", soft_wrap=True)
+        cancelled = cancel_jobs(client, job)
+    if as_json:
+        print_json({"cancelled": cancelled})
+        return
+    for name in cancelled:
+        console.print(f"cancelled {name}; the same command that started it goes on", soft_wrap=True)
 
 
 @jobs_app.command("watch")
@@ -125,14 +135,19 @@ def watch(
     address: Address = None,
     settings: ClusterFile = None,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Watch a job until it ends; Ctrl-C stops watching, not the job. Exit code 2 if it failed."""
     with _found(job, settings, with_address(set_, address)) as found:
         try:
-            found.wait()
+            found.wait(progress=not as_json)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        console.print(f"{found.id} is {found.state}", soft_wrap=True)
+        record = _as_record(found.status())
+    if as_json:
+        print_json(record)
+    else:
+        console.print(f"{record['id']} is {record['state']}", soft_wrap=True)
 
 
 @contextmanager

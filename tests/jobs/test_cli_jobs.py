@@ -34,10 +34,14 @@ def test_records_are_listed_shown_and_read_without_a_cluster(job: str) -> None:
     logs = run("jobs", "logs", job, "--unit", "fold-01")
     assert "fold-01, attempt 1, rank 0" in logs.stdout
     assert "fold-00" not in logs.stdout
+    (printed,) = as_json("jobs", "logs", job, "--unit", "fold-01")
+    assert (printed["unit"], printed["rank"], printed["outcome"]) == ("fold-01", 0, "done")
+    assert printed["text"].strip() in logs.stdout
     wrong = run("jobs", "logs", job, "--unit", "fold-1")
     assert wrong.returncode == 2
     assert "did you mean 'fold-01'" in wrong.stderr
-    assert run("jobs", "watch", job).returncode == 0, "it has ended"
+    assert f"{shown['id']} is done" in run("jobs", "watch", job).stdout, "it has ended"
+    assert as_json("jobs", "watch", job)["units"] == shown["units"]
     nothing = run("jobs", "show", str(Path(job) / "folds"))
     assert nothing.returncode == 2
     assert "there is no job" in nothing.stderr
@@ -73,7 +77,7 @@ def test_a_cluster_is_stopped_by_another_process(tmp_path: Path) -> None:
     command = ("cluster", "start", "--workers", "1", "--scheduler-file", str(file))
     with process(log, "h2mv_dist.cli", *command) as started:
         wait_until(file.exists, "the scheduler's file", log)
-        stopped = run("cluster", "stop", "--address", json.loads(file.read_text())["address"])
-        assert stopped.returncode == 0, stopped.stderr
+        address = json.loads(file.read_text())["address"]
+        assert as_json("cluster", "stop", "--address", address) == {"stopped": address}
         assert started.wait(START_SECONDS) == 0
     assert not file.exists()

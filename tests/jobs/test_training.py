@@ -195,7 +195,7 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
 
 @pytest.mark.slow
 def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
-    client: Client, world_url: str, cache: Path, tmp_path: Path
+    client: Client, world_url: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = small_settings(world_url, cache, training={"epochs": 10_000, "patience": 10_000})
     url, log = str(tmp_path / "job"), tmp_path / "log"
@@ -206,7 +206,9 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     with process(log, "h2mv_dist.cli", *command) as watching:
         wait_until(lambda: "fold-00: running, epoch" in log.read_text(), "a watcher", log)
         assert "the job is running already" in log.read_text()
-        app(["jobs", "cancel", url, *address], standalone_mode=False)
+        capsys.readouterr()
+        app(["jobs", "cancel", url, *address, "--json"], standalone_mode=False)
+        assert json.loads(capsys.readouterr().out) == {"cancelled": [job_id("train", url)]}
         assert watching.wait(START_SECONDS) == 2
     assert "was cancelled" in log.read_text()
     assert handle.status()["cancelled"]
