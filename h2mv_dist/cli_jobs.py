@@ -60,7 +60,7 @@ def list_jobs(
     table = Table("job", "state", "done", "place")
     for status in found:
         progress = progress_of(status)
-        done = f"{progress.done} of {progress.total} {progress.step}s"
+        done = f"{progress.done} of {progress.total} {progress.steps}"
         table.add_row(status["id"], progress.state, done, status["place"])
     console.print(table if found else "no jobs")
 

@@ -86,10 +86,10 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
 def _title(status: Mapping[str, Any]) -> str:
     """What it is, how fast it goes on, and how long that takes at most."""
     progress = progress_of(status)
-    told = f"{status['id']}: {progress.done} of {progress.total} {progress.step}s"
+    told = f"{status['id']}: {progress.done} of {progress.total} {progress.steps}"
     if rate := speed(progress):
         told += f", {rate}, {duration(progress.seconds_left)} left"
-        told += " at most" if progress.step == "epoch" else ""
+        told += " at most" if progress.steps == "epochs" else ""
     return told
 
 

@@ -10,7 +10,7 @@ FOLD_COLUMNS: Final = ("fold", "state", "attempt", "epoch", "train", "validation
 PART_COLUMNS: Final = ("part", "state", "attempt", "worker", "days")
 """Of a unit that is no fold: a tile, some days, a shard."""
 _LISTED: Final = 20
-STEP: Final = {"train": "epoch", "infer": "tile", "prepare": "stretch", "compact": "shard"}
+STEPS: Final = {"train": "epochs", "infer": "tiles", "prepare": "stretches", "compact": "shards"}
 """Kind of job -> what it goes forward by."""
 _OVER: Final = ("failed", "cancelled")
 
@@ -21,7 +21,7 @@ class Progress(NamedTuple):
     Attributes:
         state: running, done, failed, cancelled, or unfinished, if nobody is at it as far as is known.
         units: state -> how many units are in it.
-        step: what it goes forward by, such as an epoch.
+        steps: what it goes forward by, such as epochs.
         done: steps that are done.
         total: steps there are at most; folds may stop earlier.
         rate: steps a second now; None if that is not known.
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
     state: str
     units: Mapping[str, int]
-    step: str
+    steps: str
     done: int
     total: int
     rate: float | None
@@ -55,7 +55,7 @@ def progress_of(status: Mapping[str, Any]) -> Progress:
     return Progress(
         state=_state(status),
         units=Counter(unit["state"] for unit in units),
-        step=STEP[kind_of(status["id"])],
+        steps=STEPS[kind_of(status["id"])],
         done=done,
         total=done + sum(unit["steps"] - _steps_done(unit) for unit in undone),
         rate=rate,
@@ -126,15 +126,15 @@ def duration(seconds: float | None) -> str:
 def speed(progress: Progress) -> str:
     """The rate for people; "" if it is not known.
 
-    >>> speed(Progress("running", {}, "epoch", 1, 4, 0.5, 6.0))
+    >>> speed(Progress("running", {}, "epochs", 1, 4, 0.5, 6.0))
     '30 epochs / min'
     """
     if progress.rate is None:
         return ""
     for per, name in ((60, "min"), (3600, "h")):
         if progress.rate * per >= 1:
-            return f"{progress.rate * per:.3g} {progress.step}s / {name}"
-    return f"{progress.rate * 86400:.3g} {progress.step}s / d"
+            return f"{progress.rate * per:.3g} {progress.steps} / {name}"
+    return f"{progress.rate * 86400:.3g} {progress.steps} / d"
 
 
 def fold_cells(unit: Mapping[str, Any]) -> tuple[str, ...]:

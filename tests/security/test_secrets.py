@@ -2,20 +2,25 @@
 
 import pickle
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client
 
+from h2mv_dist import notebook
 from h2mv_dist.config import Settings, StorageOptions
 from h2mv_dist.errors import H2mvError
 from h2mv_dist.io.stores import get_object, list_objects
+from h2mv_dist.jobs.compact import plan_compact, start_compact
 from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.inference import start_inference
 from h2mv_dist.jobs.messages import Job, Message
+from h2mv_dist.jobs.prepare import plan_prepare, start_prepare
 from h2mv_dist.jobs.tasks import TOPIC
 from h2mv_dist.jobs.training import plan_training, start_training
 from h2mv_dist.jobs.worlds import make_world
@@ -86,6 +91,29 @@ def inferred(
     heard("status", handle.wait())
 
 
+def prepared(client: Client, settings: Settings, to: str, options: StorageOptions, heard: Heard) -> None:
+    plan = plan_prepare(settings, options)
+    heard("plan", plan)
+    handle = start_prepare(client, plan, to, options)
+    assert handle is not None
+    heard("status", handle.wait())
+
+
+def copied(client: Client, cube: str, to: str, options: StorageOptions, heard: Heard) -> None:
+    plan = plan_compact(cube, to, options, shard_days=240)
+    heard("plan", plan)
+    heard("status", start_compact(client, plan, options).wait())
+
+
+def shown(place: str, options: StorageOptions, heard: Heard) -> None:
+    """What a notebook shows of the records of a job."""
+    stores = options.reveal()
+    found = notebook.job(place, storage_options=stores)
+    heard("notebook", found, found._repr_html_(), found.status())
+    below = notebook.jobs(place, storage_options=stores)
+    heard("notebook", below, below._repr_html_())
+
+
 @pytest.mark.slow
 def test_nothing_tells_a_secret(
     client: Client,
@@ -102,6 +130,10 @@ def test_nothing_tells_a_secret(
     settings = short_job(f"{root}/world", tmp_path / "cache")
     trained(client, settings, f"{root}/job", options, heard)
     inferred(client, settings, f"{root}/job", f"{root}/cube.zarr", options, heard)
+    prepared(client, settings, f"{root}/ready.zarr", options, heard)
+    copied(client, f"{root}/cube.zarr", f"{root}/copy.zarr", options, heard)
+    for place in ("job", "cube.zarr", "ready.zarr", "copy.zarr"):
+        shown(f"{root}/{place}", options, heard)
     assert heard.store("objects", root, options) > 50
     for path in (tmp_path / "cache").rglob("*.json"):
         heard("cache", path.read_bytes())
@@ -113,12 +145,18 @@ def test_nothing_tells_a_secret(
         "nobody there": (f"{root}/world", impatient(storage_options("http://127.0.0.1:9"))),
     }
     for name, (url, given) in failures.items():
-        with pytest.raises(H2mvError) as refused:
-            trained(client, short_job(url, tmp_path / "none"), f"{root}/other", given, heard)
-        heard.error(name, refused.value)
-        with pytest.raises(H2mvError) as refused:
-            inferred(client, settings, f"{root}/job", f"{url}-cube.zarr", given, heard)
-        heard.error(name, refused.value)
+        elsewhere = short_job(url, tmp_path / "none")
+        attempts: tuple[Callable[[], object], ...] = (
+            partial(trained, client, elsewhere, f"{root}/other", given, heard),
+            partial(inferred, client, settings, f"{root}/job", f"{url}-cube.zarr", given, heard),
+            partial(prepared, client, elsewhere, f"{root}/other.zarr", given, heard),
+            partial(copied, client, f"{url}-cube.zarr", f"{root}/other.zarr", given, heard),
+            partial(shown, f"{url}-cube.zarr", given, heard),
+        )
+        for attempt in attempts:
+            with pytest.raises(H2mvError) as refused:
+                attempt()
+            heard.error(name, refused.value)
 
     heard.cluster("cluster", client)
     heard("output", *capfd.readouterr(), caplog.text)
