@@ -32,7 +32,7 @@ from h2mv_dist.spec import Float32Array
 from tests.conftest import S3Server
 from tests.io.cubes import basin_grid, map_layout
 from tests.jobs.conftest import NO_OPTIONS, small_settings
-from tests.jobs.test_growth import infer, objects, until
+from tests.jobs.growth.conftest import infer, objects, until
 
 START = date(2000, 1, 31)
 CUT: Any = {"shard_days": 8, "chunk_days": 4, "chunk": (4, 2)}
