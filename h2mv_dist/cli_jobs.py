@@ -60,7 +60,7 @@ def list_jobs(
     table = Table("job", "state", "done", "place")
     for status in found:
         progress = progress_of(status)
-        done = f"{progress.done} of {progress.total} {progress.steps}"
+        done = f"{progress.done} of {progress.total} {progress.counted}"
         table.add_row(status["id"], progress.state, done, status["place"])
     console.print(table if found else "no jobs")
 
@@ -137,12 +137,16 @@ def watch(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch a job until it ends; Ctrl-C stops watching, not the job. Exit code 2 if it failed."""
+    """Watch a job until it ends; Ctrl-C stops watching, not the job. Exit code 2 if it did not end well."""
     with _found(job, settings, with_address(set_, address)) as found:
         try:
             found.wait(progress=not as_json)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except JobError:
+            if as_json:
+                print_json(_as_record(found.status()))
+            raise
         record = _as_record(found.status())
     if as_json:
         print_json(record)

@@ -86,10 +86,10 @@ def _fold_table(status: Mapping[str, Any]) -> Table:
 def _title(status: Mapping[str, Any]) -> str:
     """What it is, how fast it goes on, and how long that takes at most."""
     progress = progress_of(status)
-    told = f"{status['id']}: {progress.done} of {progress.total} {progress.steps}"
+    told = f"{status['id']}: {progress.done} of {progress.total} {progress.counted}"
     if rate := speed(progress):
         told += f", {rate}, {duration(progress.seconds_left)} left"
-        told += " at most" if progress.steps == "epochs" else ""
+        told += " at most" if progress.counted == "epochs" else ""
     return told
 
 

@@ -494,7 +494,7 @@ class Job:
 def _told(status: Mapping[str, Any]) -> str:
     """A job in one line."""
     progress = progress_of(status)
-    told = f"<{status['id']} {progress.state}: {progress.done} of {progress.total} {progress.steps}"
+    told = f"<{status['id']} {progress.state}: {progress.done} of {progress.total} {progress.counted}"
     if speed(progress):
         told += f", {speed(progress)}, {duration(progress.seconds_left)} left"
     return f"{told}, {displayed(status['place'])}>"

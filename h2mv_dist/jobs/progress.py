@@ -10,7 +10,7 @@ FOLD_COLUMNS: Final = ("fold", "state", "attempt", "epoch", "train", "validation
 PART_COLUMNS: Final = ("part", "state", "attempt", "worker", "days")
 """Of a unit that is no fold: a tile, some days, a shard."""
 _LISTED: Final = 20
-STEPS: Final = {"train": "epochs", "infer": "tiles", "prepare": "stretches", "compact": "shards"}
+COUNTED: Final = {"train": "epochs", "infer": "tiles", "prepare": "stretches", "compact": "shards"}
 """Kind of job -> what it goes forward by."""
 _OVER: Final = ("failed", "cancelled")
 
@@ -21,16 +21,16 @@ class Progress(NamedTuple):
     Attributes:
         state: running, done, failed, cancelled, or unfinished, if nobody is at it as far as is known.
         units: state -> how many units are in it.
-        steps: what it goes forward by, such as epochs.
-        done: steps that are done.
-        total: steps there are at most; folds may stop earlier.
-        rate: steps a second now; None if that is not known.
+        counted: what it goes forward by, such as epochs.
+        done: how many of them are done.
+        total: how many there are at most; folds may stop earlier.
+        rate: of them a second now; None if that is not known.
         seconds_left: at most; None if that is not known.
     """
 
     state: str
     units: Mapping[str, int]
-    steps: str
+    counted: str
     done: int
     total: int
     rate: float | None
@@ -55,7 +55,7 @@ def progress_of(status: Mapping[str, Any]) -> Progress:
     return Progress(
         state=_state(status),
         units=Counter(unit["state"] for unit in units),
-        steps=STEPS[kind_of(status["id"])],
+        counted=COUNTED[kind_of(status["id"])],
         done=done,
         total=done + sum(unit["steps"] - _steps_done(unit) for unit in undone),
         rate=rate,
@@ -133,8 +133,8 @@ def speed(progress: Progress) -> str:
         return ""
     for per, name in ((60, "min"), (3600, "h")):
         if progress.rate * per >= 1:
-            return f"{progress.rate * per:.3g} {progress.steps} / {name}"
-    return f"{progress.rate * 86400:.3g} {progress.steps} / d"
+            return f"{progress.rate * per:.3g} {progress.counted} / {name}"
+    return f"{progress.rate * 86400:.3g} {progress.counted} / d"
 
 
 def fold_cells(unit: Mapping[str, Any]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ def test_records_are_listed_shown_and_read_without_a_cluster(job: str) -> None:
     shown = as_json("jobs", "show", job)
     for found in (listed, shown):
         assert (found["id"], found["state"], found["done"]) == (job_id("train", job), "done", 4)
+        assert found["counted"] == "epochs"
     assert [unit["name"] for unit in shown["units"]] == ["fold-00", "fold-01"]
     logs = run("jobs", "logs", job, "--unit", "fold-01")
     assert "fold-01, attempt 1, rank 0" in logs.stdout

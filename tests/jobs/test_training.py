@@ -212,6 +212,10 @@ def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
         assert watching.wait(START_SECONDS) == 2
     assert "was cancelled" in log.read_text()
     assert handle.status()["cancelled"]
+    capsys.readouterr()
+    with pytest.raises(JobError, match="was cancelled"):
+        app(["jobs", "watch", url, *address, "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["state"] == "cancelled"
     for known in (url, "/never/submitted"):
         with pytest.raises(JobError, match=f"no such job is running(.|\n)*{known}"):
             cancel_jobs(client, known)
