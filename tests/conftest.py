@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real object store, and the folder of shared reference data."""
 
+import signal
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from tests.fault_proxy import FaultProxy
 from tests.seaweed import SECRET, S3Server, free_port, running_server, storage_options
 
 __all__ = ["PLACES", "SECRET", "Place", "ProxiedS3", "S3Server", "free_port", "new_place", "storage_options"]
+
+
+def pytest_configure() -> None:
+    """What tests start hears Ctrl-C, also where the tests were started in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
