@@ -17,7 +17,8 @@ from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import Progress
 from h2mv_dist.io.cube_store import still_as_planned
 from h2mv_dist.io.ledger import Ledger, Receipt, ended_months
-from h2mv_dist.io.sink import DamagedError, Sink, StoredValues, Where
+from h2mv_dist.io.shards import Where
+from h2mv_dist.io.sink import DamagedError, Sink, StoredValues
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.spec import Float32Array
 

@@ -32,6 +32,7 @@ from h2mv_dist.grid import Grid, Period
 from h2mv_dist.io.cube import HORIZON_DAYS
 from h2mv_dist.io.handles import Handle
 from h2mv_dist.io.ledger import ledger_url
+from h2mv_dist.io.shards import write_shards
 from h2mv_dist.io.stores import (
     ZarrArray,
     delete_tree,
@@ -44,7 +45,6 @@ from h2mv_dist.io.stores import (
     open_store,
     put_object,
     with_shape,
-    without_read_back,
 )
 from h2mv_dist.spec import Float32Array
 from h2mv_dist.variables import variable
@@ -68,8 +68,8 @@ _ATTRIBUTES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 )
 _KEPT: Final = ("units", "long_name", "standard_name")
 """Attributes of a static array that still hold."""
-_SHARD_COPIES: Final = 4
-"""Of the shards that are written at once, in chunks, coded and joined; three were measured."""
+_SHARD_COPIES: Final = 2
+"""Of the shards that are written at once, coded and joined, if they do not compress."""
 _GROWING: Final = ("time", "time_bnds")
 """Coordinates that get longer with the forcing."""
 
@@ -242,14 +242,15 @@ class PreparedStore:
             StoreError: the store cannot be written.
         """
         first, rows = block.first - self.layout.period.first, self.layout.shard[1]
-        store = without_read_back(open_store(self.url, self.options, read_only=False))
+        store = open_store(self.url, self.options, read_only=False)
         with explained(self.url, self.options):
-            stored = zarr.open_array(store, path=name, mode="r+")
+            stored = zarr.open_array(store, path=name, mode="r+", zarr_format=3)
             # its days may lie beyond those that readers are shown
             array = with_shape(stored, (self.layout.period.n_days, *values.shape[1:]))
             for row in range(0, values.shape[1], rows):
                 require_wanted()
-                array[first : first + block.n_days, row : row + rows] = values[:, row : row + rows]
+                where = slice(first, first + block.n_days), slice(row, row + rows)
+                write_shards(array, where, values[:, row : row + rows])
         return hashlib.sha256(values.data).hexdigest()
 
     def finish(self, static: Sequence[Handle]) -> None:

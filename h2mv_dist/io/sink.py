@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import EllipsisType
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import zarr
@@ -20,10 +19,10 @@ from h2mv_dist.errors import DataError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period, Tile
 from h2mv_dist.io.cube import MONTHLY, ONE_OWNER, CubeLayout, Form, lengths, monthly_arrays
 from h2mv_dist.io.cube_store import require_cube
-from h2mv_dist.io.stores import ZarrArray, displayed, explained, open_store, with_shape, without_read_back
+from h2mv_dist.io.shards import Where, write_shards
+from h2mv_dist.io.stores import ZarrArray, displayed, explained, open_store, with_shape
 from h2mv_dist.spec import Budget, Float32Array, largest_gap
 
-Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 ARRAYS_AT_ONCE: Final = 4
 """Arrays that are written at a time: an object store takes most of a put's time to answer."""
 
@@ -52,7 +51,7 @@ class Sink:
         """A sink over an open store; ``url`` and ``options`` only serve to explain its failures."""
         names = (*layout.daily, *layout.static, *layout.constants)
         with explained(url, options):
-            return Sink(layout, _opened(without_read_back(store), layout, names), url, options)
+            return Sink(layout, _opened(store, layout, names), url, options)
 
     def write(self, tile: Tile, period: Period, values: Mapping[str, Float32Array]) -> str:
         """Write all daily variables of one tile and time block.
@@ -126,7 +125,7 @@ class Sink:
                 array.result()
 
     def _write_array(self, name: str, where: Where, box: Float32Array) -> None:
-        self.arrays[name][where] = box
+        write_shards(self.arrays[name], where, box)
 
 
 @dataclass(frozen=True)
@@ -302,9 +301,8 @@ def rounding_error(kept_bits: int) -> float:
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
     """Land cells [..., cell] put back into their tile [..., *space]; NaN over sea."""
     full = np.full((*packed.shape[:-1], *land.shape), np.nan, np.float32)
-    full[..., land] = packed
     # one NaN for all: a chunk of nothing else is not stored, and is read as the fill value
-    full[np.isnan(full)] = np.nan
+    full[..., land] = np.where(np.isnan(packed), np.float32(np.nan), packed)
     return full
 
 
@@ -312,7 +310,7 @@ def _checksum(blocks: Iterable[Float32Array]) -> str:
     """SHA-256 over the little-endian row-major bytes of each array, in the order of the layout."""
     digest = hashlib.sha256()
     for block in blocks:
-        digest.update(np.ascontiguousarray(block, "<f4").tobytes())
+        digest.update(np.ascontiguousarray(block, "<f4").data)
     return digest.hexdigest()
 
 
@@ -340,7 +338,9 @@ def _opened(store: Store, layout: CubeLayout, names: Iterable[str]) -> dict[str,
     found = [array_name for name in names for array_name in layout.arrays_of(name)]
     found += monthly_arrays(layout)
     mode: Literal["r", "r+"] = "r" if store.read_only else "r+"
-    return {name: _as_long(zarr.open_array(store, path=name, mode=mode), layout) for name in found}
+    return {
+        name: _as_long(zarr.open_array(store, path=name, mode=mode, zarr_format=3), layout) for name in found
+    }
 
 
 def _as_long(array: ZarrArray, layout: CubeLayout) -> ZarrArray:

@@ -24,9 +24,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import fsspec
 import zarr
 from fsspec.core import url_to_fs
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
@@ -65,15 +64,6 @@ def open_store(url: str, options: StorageOptions, *, read_only: bool) -> Store:
             store = FsspecStore(place.filesystem, path=place.path, read_only=read_only)
             return with_fast_reads(store, _given(url, options)) if read_only else store
         return FsspecStore.from_url(url, storage_options=_given(url, options), read_only=read_only)
-
-
-def without_read_back(store: Store) -> Store:
-    """A store to write whole shards to, in which array data seem not to be there.
-
-    zarr 3.1 merges each write with the shard that is stored, even when the write covers all of it: a useless
-    request, and a torn shard would stop its own replacement.
-    """
-    return _NoReadBack(store)
 
 
 def with_shape(array: ZarrArray, shape: tuple[int, ...]) -> ZarrArray:
@@ -331,13 +321,6 @@ def resolved(url: str) -> str:
 def public(url: str) -> str:
     """``url`` without what may be a secret: user, password, and the signature of a signed one."""
     return displayed(url).partition("?")[0] if "://" in url else url
-
-
-class _NoReadBack(WrapperStore[Store]):
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
 
 
 class _Remote(NamedTuple):

@@ -207,7 +207,6 @@ def plain(case: Case, model: ProcessModel) -> Arrays:
         pytest.param((1, False), id="1 rank"),
         pytest.param((2, False), id="2 ranks"),
         pytest.param((3, False), id="3 ranks", marks=pytest.mark.slow),
-        pytest.param((1, True), id="1 rank, compiled", marks=NEEDS_COMPILER),
         pytest.param((3, True), id="3 ranks, compiled", marks=NEEDS_COMPILER),
     ],
 )
