@@ -5,7 +5,8 @@ that have imported and compiled everything. The same workers then do the two par
 
 - compute alone: the same tiles and blocks, forcing in memory, nothing written, every tile on a free worker;
 - raw reading and writing: for each tile its chunks of the forcing are read with plain zarr while the same
-  values are written, by some threads, to arrays with the same chunks, shards and codecs.
+  values are written, by some threads, to arrays with the same chunks, shards and codecs, through zarr's own
+  pipeline, which takes more processor time than :mod:`h2mv_dist.io.shards`.
 
 The server counts requests and bytes itself, so counting costs nothing.
 """

@@ -69,7 +69,7 @@ _ATTRIBUTES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 _KEPT: Final = ("units", "long_name", "standard_name")
 """Attributes of a static array that still hold."""
 _SHARD_COPIES: Final = 2
-"""Of the shards that are written at once, coded and joined, if they do not compress."""
+"""Of the shards that are written at once: coded, and joined or sent; both if they do not compress."""
 _GROWING: Final = ("time", "time_bnds")
 """Coordinates that get longer with the forcing."""
 

@@ -3,8 +3,8 @@
 zarr 3.1 runs tasks on its one event loop for each codec of each chunk, under the interpreter's lock, which
 computing needs, too: twice the processor time of the codecs themselves. It also merges each shard with the
 one that is stored, even where all of it is written: a useless request, and a torn shard would stop its own
-replacement. What is stored is the same: the ``sharding_indexed`` codec of the Zarr 3 specification, its index
-at the end.
+replacement. What is stored is the same, but for the order of the chunks in a shard: the ``sharding_indexed``
+codec of the Zarr 3 specification, its index at the end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numcodecs
 import numpy as np
 import zarr
-from zarr.codecs import ShardingCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
@@ -30,24 +30,30 @@ Where: TypeAlias = tuple[slice | int | EllipsisType, ...]
 _ABSENT: Final = (2**64 - 1, 2**64 - 1)
 """What the index says of a chunk of nothing but the fill value."""
 _INDEX: Final = numcodecs.get_codec({"id": "crc32c"})
+_INDEX_CODECS: Final = (BytesCodec(), Crc32cCodec())
 
 
 def write_shards(array: ZarrArray, where: Where, values: Float32Array) -> None:
-    """Write part of an array whose fill value is NaN; its shards replace those that are stored.
+    """Write part of an array; its shards replace those that are stored.
 
     Args:
-        array: with or without shards, on a store that can be written.
-        where: slices from an edge of a shard to another one, or to the array's end.
+        array: of float32, filled with NaN, with shards as zarr makes them or without, in a store that can be
+            written.
+        where: slices from an edge of a shard to another one, or to the array's end; or shards of one cell.
         values: of the shape of that part.
+
+    Raises:
+        ValueError: these do not fit together, or the array is another one than that.
     """
     if array.shards is None:
         array[where] = values
         return
-    starts, stops = zip(*_edges(where, array.shape), strict=True)
-    part = values.reshape([stop - start for start, stop in zip(starts, stops, strict=True)])
     coding = _Coding.of(array)
+    axes = _axes(where, array.shape)
+    _check_whole(axes, array, values)
+    part = values.reshape(list(map(len, axes)))
     shards = [
-        (array.store_path / _key(array, [s + o for s, o in zip(starts, origin, strict=True)]), coding(shard))
+        (array.store_path / _key(array, axes, origin), coding(shard))
         for origin, shard in _boxes(part, part.shape, array.shards)
     ]
     sync(concurrent_map(shards, _replace, zarr.config.get("async.concurrency")))
@@ -63,10 +69,16 @@ class _Coding(NamedTuple):
     @staticmethod
     def of(array: ZarrArray) -> "_Coding":
         (sharding,) = array.async_array.metadata.codecs
-        assert isinstance(sharding, ShardingCodec), "an array with shards has this codec only"
-        _, *codecs = (codec.to_dict() for codec in sharding.codecs)
+        assert isinstance(sharding, ShardingCodec)
         assert array.shards is not None
-        return _Coding(array.shards, array.chunks, tuple(map(_codec, codecs)))
+        first, *compressing = sharding.codecs
+        known = sharding.index_codecs == _INDEX_CODECS and sharding.index_location.value == "end"
+        filled = array.dtype == np.float32 and np.isnan(array.fill_value)
+        if not (known and filled and first == BytesCodec() and compressing):
+            raise ValueError(
+                f"array {array.name} is not as this package makes them: {sharding}, {array.dtype}"
+            )
+        return _Coding(array.shards, array.chunks, tuple(_codec(c.to_dict()) for c in compressing))
 
     def __call__(self, values: Float32Array) -> bytes | None:
         """The shard of these values, which may end before it does; None if there is nothing to store."""
@@ -108,25 +120,46 @@ def _boxes(
         yield origin, values[tuple(slice(o, o + size) for o, size in zip(origin, step, strict=True))]
 
 
-def _edges(where: Where, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First cell of a part along each axis, and the one after its last."""
+def _axes(where: Where, shape: tuple[int, ...]) -> list[range]:
+    """Cells of a part along each axis."""
     given = list(where) if ... in where else [*where, ...]
     rest = given.index(...)
-    given[rest : rest + 1] = [slice(None)] * (len(shape) - len(given) + 1)
-    for axis, size in zip(given, shape, strict=True):
-        if isinstance(axis, slice):
-            start, stop, _ = axis.indices(size)
-            yield start, stop
-        else:
-            assert isinstance(axis, int)
-            yield axis, axis + 1
+    given[rest : rest + 1] = [...] * (len(shape) - len(given) + 1)
+    return [_cells(axis, size) for axis, size in zip(given, shape, strict=True)]
 
 
-def _key(array: ZarrArray, start: Sequence[int]) -> str:
-    """Name of the shard that begins at this cell."""
+def _cells(axis: slice | int | EllipsisType, size: int) -> range:
+    match axis:
+        case int():
+            return range(size)[axis : axis + 1]
+        case slice():
+            return range(size)[axis]
+        case _:
+            return range(size)
+
+
+def _check_whole(axes: list[range], array: ZarrArray, values: Float32Array) -> None:
+    """What is left of a shard would be lost."""
     assert array.shards is not None
+    whole = all(
+        len(axis) > 0
+        and axis.step == 1
+        and axis.start % shard == 0
+        and (axis.stop % shard == 0 or axis.stop == size)
+        for axis, shard, size in zip(axes, array.shards, array.shape, strict=True)
+    )
+    fitting = [n for n in values.shape if n != 1] == [len(axis) for axis in axes if len(axis) != 1]
+    if not (whole and fitting):
+        shape = f"values of shape {values.shape}"
+        raise ValueError(f"{shape} are no whole shards {array.shards} of {array.name} at {axes}")
+
+
+def _key(array: ZarrArray, axes: list[range], origin: tuple[int, ...]) -> str:
+    """Name of the shard that begins at this cell of a part."""
+    assert array.shards is not None
+    starts = (axis.start + offset for axis, offset in zip(axes, origin, strict=True))
     return array.metadata.encode_chunk_key(
-        tuple(first // size for first, size in zip(start, array.shards, strict=True))
+        tuple(start // size for start, size in zip(starts, array.shards, strict=True))
     )
 
 

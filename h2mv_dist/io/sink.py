@@ -301,8 +301,9 @@ def rounding_error(kept_bits: int) -> float:
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
     """Land cells [..., cell] put back into their tile [..., *space]; NaN over sea."""
     full = np.full((*packed.shape[:-1], *land.shape), np.nan, np.float32)
+    full[..., land] = packed
     # one NaN for all: a chunk of nothing else is not stored, and is read as the fill value
-    full[..., land] = np.where(np.isnan(packed), np.float32(np.nan), packed)
+    np.copyto(full, np.float32(np.nan), where=np.isnan(full))
     return full
 
 

@@ -103,12 +103,12 @@ class CompactPlan:
     def unit_bytes(self) -> int:
         """Projected peak of a unit, bytes; a box is one array over a tile and a shard of days.
 
-        One box is read: its values, its chunks and these coded. Of each that is being written there are five:
-        its values, its chunks, these coded, joined and sent.
+        One box is read: its values, its chunks and these coded. Of each that is being written there are
+        three: its values, these coded, and joined or sent.
         """
         members = len(self.layout.members) if self.layout.member_axis else 1
         cells = max(prod(tile.shape) for tile in self.layout.tiles)
-        return _FLOAT_BYTES * members * self.layout.shard_days * cells * (3 + 5 * ARRAYS_AT_ONCE)
+        return _FLOAT_BYTES * members * self.layout.shard_days * cells * (3 + 3 * ARRAYS_AT_ONCE)
 
     def summary(self) -> str:
         """What will be copied, in a sentence."""

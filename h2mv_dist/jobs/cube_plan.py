@@ -126,7 +126,7 @@ class CubePlan:
         spread = 0 if layout.member_axis or members == 1 else 2 * members * days * cells
         # sums over the month, float64, and the means of one that ends
         values += 3 * members * cells * len(layout.monthly)
-        # of each array that is being written: its box with sea, and what of it is coded or sent just now
+        # of each array that is being written: its box with sea, and what is coded of it and sent just now
         written = 2 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
         at_work = FIRST_USE_BYTES + forcing + weights
         at_work += FLOAT_BYTES * (gates + part + values + spread + written)

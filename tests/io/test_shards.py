@@ -7,12 +7,15 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BloscShuffle, BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from h2mv_dist.io.shards import Where, write_shards
 
-COMPRESSORS = (ZstdCodec(level=1), BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle))
+COMPRESSORS = (
+    ZstdCodec(level=1),
+    BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle, typesize=4),
+)
 
 
 def new_array(
@@ -86,6 +89,52 @@ def test_a_shard_of_nothing_is_not_stored() -> None:
     write_shards(array, (slice(0, 2),), np.full((2, 4), np.nan, np.float32))
     assert sorted(store._store_dict) == ["c/1/0", "zarr.json"]
     assert np.isnan(array[:2]).all()
+
+
+@pytest.mark.parametrize(
+    ("where", "shape"),
+    [
+        ((slice(1, 3),), (2, 4)),
+        ((slice(0, 1),), (1, 4)),
+        ((slice(0, 4, 2),), (4, 4)),
+        ((slice(None, None, -1),), (4, 4)),
+        ((slice(4, 6),), (2, 4)),
+        ((-1,), (4,)),
+        ((4,), (4,)),
+        ((...,), (2, 8)),
+        ((slice(0, 2),), (4, 2)),
+    ],
+)
+def test_what_is_no_whole_shard_is_refused(where: Where, shape: tuple[int, ...]) -> None:
+    array = new_array(MemoryStore(), (4, 4), (2, 4), (2, 2))
+    array[...] = 1.0
+    with pytest.raises(ValueError, match="no whole shards"):
+        write_shards(array, where, noise(shape))
+    assert (array[...] == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"fill_value": 0},
+        {"dtype": "f8"},
+        {"compressors": None},
+        {"serializer": BytesCodec(endian="big")},
+        {"shards": {"shape": (4,), "index_location": "start"}},
+    ],
+    ids=lambda made: next(iter(made)),
+)
+def test_arrays_of_another_kind_are_refused(made: dict[str, Any]) -> None:
+    ours: dict[str, Any] = {
+        "shape": (4,),
+        "shards": (4,),
+        "chunks": (2,),
+        "dtype": "f4",
+        "fill_value": np.nan,
+    }
+    array = zarr.create_array(MemoryStore(), **ours | made)
+    with pytest.raises(ValueError, match="not as this package makes them"):
+        write_shards(array, (...,), noise((4,)))
 
 
 @pytest.mark.parametrize("position", [3, -10])
