@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ READERS_KEY = "readerskey"
 """Of a user who may list and read, but not write; with the same secret."""
 SECRET = "testsecret-canary"
 _START_SECONDS = 120.0
+_PORTS = range(11_000, 22_000)
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ def storage_options(endpoint: str, key: str = ACCESS_KEY, secret: str = SECRET) 
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that is free together with the one 10000 above it (SeaweedFS' gRPC)."""
+    """A port of 127.0.0.1 that is free together with the one 10000 above it (SeaweedFS' gRPC).
+
+    Both are below those that systems give to connections, which would take one before the server does.
+    """
     while True:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = int(low.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                high.bind(("127.0.0.1", port + 10_000))
-                return port
+        port = secrets.choice(_PORTS)
+        with socket.socket() as low, socket.socket() as high, contextlib.suppress(OSError):
+            low.bind(("127.0.0.1", port))
+            high.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @contextlib.contextmanager
