@@ -1,12 +1,12 @@
-"""Global inference from an object store into an object store, against what it cannot be faster than.
+"""Global inference from an object store into an object store, against its two parts, each alone.
 
 A made-up world lies in SeaweedFS on loopback; members fill a cube there, through the real job, on two workers
-that have imported and compiled everything. The same workers then do the two parts of it, each as a limit:
+that have imported and compiled everything. The same workers then do the two parts of it:
 
 - compute alone: the same tiles and blocks, forcing in memory, nothing written, every tile on a free worker;
 - raw reading and writing: for each tile its chunks of the forcing are read with plain zarr while the same
   values are written, by some threads, to arrays with the same chunks, shards and codecs, through zarr's own
-  pipeline, which takes more processor time than :mod:`h2mv_dist.io.shards`.
+  pipeline, which takes more processor time than :mod:`h2mv_dist.io.shards`: no lower bound.
 
 The server counts requests and bytes itself, so counting costs nothing.
 """
@@ -136,7 +136,7 @@ def measure(server: S3Server, case: Case) -> None:
     print(f"| end to end | {whole.seconds:.1f} |\n| (a) compute alone | {alone:.1f} |")
     print(f"| (b) raw reading and writing | {raw:.1f} |\n")
     print(f"end to end / max(a, b): {whole.seconds / limit:.2f} (target: at most 1.25)")
-    print(f"end to end / (a + b): {whole.seconds / (alone + raw):.2f} (1 where the same cores do both)")
+    print(f"end to end / (a + b): {whole.seconds / (alone + raw):.2f} (1: as one after the other)")
     print(f"read amplification: {reads.sent / needed:.3f} (target: at most 1.05), ", end="")
     print(f"{format_bytes(reads.sent)} served of {format_bytes(needed)} in the chunks that hold the cells")
     print(f"requests: {reads.requests} to the forcing, {writes.requests} to the cube and its job; ", end="")
