@@ -11,26 +11,29 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <tuple>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
 using at::Tensor;
 
+// Rows come in panels of four: a unit's gates, four inputs. A tile is PANELS panels times VECTORS vectors: as
+// many as there are registers for.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, PANELS = 2;
+constexpr int LANES = 16, PANELS = 2, VECTORS = 2;
 #elif defined(__AVX__)
-constexpr int LANES = 8, PANELS = 1;
+constexpr int LANES = 8, PANELS = 1, VECTORS = 3;
 #else
-constexpr int LANES = 4, PANELS = 1;
+constexpr int LANES = 4, PANELS = 1, VECTORS = 2;
 #endif
-// rows come in panels of four: a unit's gates, four inputs; a tile is PANELS panels times VECTORS vectors
-constexpr int PANEL = 4, VECTORS = 2, WIDTH = VECTORS * LANES;
+constexpr int PANEL = 4, WIDTH = VECTORS * LANES;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -40,6 +43,9 @@ static inline Vector load(const float *from) {
     std::memcpy(&values, from, sizeof values);
     return values;
 }
+
+// Nothing is left to be computed: x - 0 is x, but 0 + x is not where x is -0.
+static inline Vector all(float value) { return value - Vector{}; }
 
 static inline void store(float *to, Vector values) { std::memcpy(to, &values, sizeof values); }
 
@@ -52,27 +58,50 @@ static inline void put_aside(float *to, Vector values) {
 #endif
 }
 
-// e^x to float32 round-off: x = n ln 2 + rest, a polynomial of the rest (Cephes), times 2^n
+// The higher of both and the lower of both; NaN if the second is NaN.
+#if defined(__AVX512F__)
+static inline Vector higher(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Vector lower(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+static inline Vector higher(Vector a, Vector b) { return (Vector)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Vector lower(Vector a, Vector b) { return (Vector)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+static inline Vector higher(Vector a, Vector b) { return a > b ? a : b; }
+static inline Vector lower(Vector a, Vector b) { return a < b ? a : b; }
+#endif
+
+// e^x to float32 round-off: x = n ln 2 + rest, a polynomial of the rest (Cephes), times 2^n. Beyond 43 it stays
+// what it is there, so that the product of two can be divided by; a sigmoid does not see the difference.
 static inline Vector exponential(Vector x) {
-    const Vector low = Vector{} - 87.0f, high = Vector{} + 88.0f, rounder = Vector{} + 12582912.0f;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const Vector n = (x * 1.44269504f + rounder) - rounder;
+    const Vector low = all(-43.0f), high = all(43.0f), rounder = all(12582912.0f);
+    x = lower(high, higher(low, x));
+    const Vector rounded = x * 1.44269504f + rounder, n = rounded - rounder;
     const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector sum = Vector{} + 1.9875691500e-4f;
+    Vector sum = all(1.9875691500e-4f);
     sum = sum * rest + 1.3981999507e-3f;
     sum = sum * rest + 8.3334519073e-3f;
     sum = sum * rest + 4.1665795894e-2f;
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * (rest * rest) + rest + 1.0f;
-    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
-    Vector power;
-    std::memcpy(&power, &bits, sizeof power);
-    return sum * power;
+    // n is what the last bits of `rounded` count
+    Integers bits, power;
+    std::memcpy(&bits, &sum, sizeof bits);
+    std::memcpy(&power, &rounded, sizeof power);
+    bits += power << 23;
+    std::memcpy(&sum, &bits, sizeof sum);
+    return sum;
 }
 
 static inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Sigmoids of both for one division, which takes as long as many a product.
+static inline void sigmoids(Vector &a, Vector &b) {
+    const Vector below_a = 1.0f + exponential(-a), below_b = 1.0f + exponential(-b);
+    const Vector both = 1.0f / (below_a * below_b);
+    a = both * below_b, b = both * below_a;
+}
+
 static inline Vector tanh(Vector x) { return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f; }
 
 // The left factor of a product: where its next panel, its next column and its next row lie.
@@ -94,7 +123,7 @@ static inline void add_product(Tile<panels, vectors> &sums, Left left, const flo
 #pragma GCC unroll 8
         for (int row = 0; row < panels * PANEL; row++) {
             const Vector factor =
-                Vector{} + left.at[row / PANEL * left.panel + k * left.column + row % PANEL * left.row];
+                all(left.at[row / PANEL * left.panel + k * left.column + row % PANEL * left.row]);
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) sums[row][v] += factor * values[v];
         }
@@ -108,16 +137,14 @@ static inline void each_panel(long first, long stop, Work work) {
     for (; first < stop; first++) work.template operator()<1>(first);
 }
 
-// Does the columns of a tile, which may be the last and have one vector only.
-template <typename Work>
-static inline void each_vector(long left, Work work) {
-    if (left >= WIDTH)
-        work.template operator()<VECTORS>();
-    else
-        work.template operator()<1>();
+// Does columns from `first` up to `stop`, a tile at a time; the last may have fewer vectors.
+template <int vectors = VECTORS, typename Work>
+static inline void each_tile(long first, long stop, Work work) {
+    for (; first + vectors * LANES <= stop; first += vectors * LANES) work.template operator()<vectors>(first);
+    if constexpr (vectors > 1) each_tile<vectors - 1>(first, stop, work);
 }
 
-static inline long padded(long columns) { return (columns + LANES - 1) / LANES * LANES; }
+static inline long padded(long columns, long unit = LANES) { return (columns + unit - 1) / unit * unit; }
 
 // Rows of a tile's cells one behind the other: far apart they would take each other's places in the cache.
 static float *gathered(const float *rows, long count, long cells, long at, long width, float *to) {
@@ -125,16 +152,26 @@ static float *gathered(const float *rows, long count, long cells, long at, long 
     return to;
 }
 
-// The same with cells as rows, `step` apart; `filled` zeros behind each.
-static void transposed(const float *rows, long count, long cells, long at, long width, float *to, long step,
-                       long filled) {
-    for (long row = 0; row < count; row++)
-        for (long cell = at; cell < at + width; cell++) to[cell * step + row] = rows[row * cells + cell];
-    for (long cell = at; cell < at + width; cell++) std::fill_n(to + cell * step + count, filled, 0.0f);
+// Rows from `first` up to `stop` with cells as rows, [tile of rows, cell, row of the tile]; null for zeros.
+static void transposed(const float *rows, long first, long stop, long cells, long at, long width, float *to) {
+    for (long row = first; row < stop; row++) {
+        float *column = to + row / WIDTH * WIDTH * cells + row % WIDTH;
+        for (long cell = at; cell < at + width; cell++)
+            column[cell * WIDTH] = rows ? rows[(row - first) * cells + cell] : 0.0f;
+    }
 }
 
-// Memory for what is written before it is read.
-static std::unique_ptr<float[]> scratch(long size) { return std::unique_ptr<float[]>(new float[size]); }
+struct Free {
+    void operator()(float *memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<float[], Free>;
+
+// Memory for what is written before it is read; vectors lie within lines of the cache.
+static Scratch scratch(long size) {
+    void *memory = std::aligned_alloc(64, (4 * size + 63) / 64 * 64);
+    if (!memory) throw std::bad_alloc();
+    return Scratch(static_cast<float *>(memory));
+}
 
 struct Sizes {
     long hidden, others, heads, cells;
@@ -157,7 +194,8 @@ struct Forward {
 static __attribute__((noinline)) void activate(const Forward &day, long unit, long at, float *tile,
                                                Vector write, Vector keep, Vector candidate, Vector read) {
     const long here = unit * day.size.cells + at;
-    write = sigmoid(write), keep = sigmoid(keep), candidate = tanh(candidate), read = sigmoid(read);
+    sigmoids(write, keep);
+    candidate = tanh(candidate), read = sigmoid(read);
     const Vector cell = keep * load(day.cell + here) + write * candidate, hidden = read * tanh(cell);
     store(day.next_cell + here, cell);
     store(day.next_hidden + here, hidden);
@@ -203,13 +241,13 @@ struct Backward {
     Sizes size;
     const float *weights;  // [panel of inputs, gate and unit, input of the panel], the last panel filled up
     const float *heads_weights;  // [panel of units, head, unit of the panel]
-    const float *gates, *cell, *next_cell, *hidden, *others, *next_hidden;
+    const float *gates, *cell, *hidden, *others, *next_hidden;
     const float *heads_slope, *next_hidden_slope, *next_cell_slope;
     float *weights_slope;        // [gate and unit, input]
     float *heads_weights_slope;  // [unit, head]
     float *constant_slope;       // [gate, unit, cell]
     float *hidden_slope, *others_slope, *cell_slope;
-    float *inputs_of, *heads_of;  // inputs and slopes of heads with cells as rows, filled up to whole vectors
+    float *inputs_of, *heads_of;  // inputs and slopes of heads as `transposed`, filled up to whole vectors
 };
 
 // Slopes of the gates of a unit before their activation, for a vector of cells; also to the tile.
@@ -218,11 +256,13 @@ static __attribute__((noinline)) void activate_back(const Backward &day, long un
     const long here = unit * day.size.cells + at;
     const float *gates = day.gates + day.size.remembered(unit, at);
     const Vector write = load(gates), keep = load(gates + LANES), candidate = load(gates + 2 * LANES),
-                 read = load(gates + 3 * LANES), shown = tanh(load(day.next_cell + here));
-    const Vector slope = load(day.next_cell_slope + here) + hidden_slope * read * (1.0f - shown * shown);
+                 read = load(gates + 3 * LANES), hidden = load(day.next_hidden + here);
+    // hidden = read * tanh(cell), and no read is zero
+    const Vector slope =
+        load(day.next_cell_slope + here) + hidden_slope * (read - hidden * (hidden / read));
     const Vector slopes[PANEL] = {
         slope * candidate * write * (1.0f - write), slope * load(day.cell + here) * keep * (1.0f - keep),
-        slope * write * (1.0f - candidate * candidate), hidden_slope * shown * read * (1.0f - read)};
+        slope * write * (1.0f - candidate * candidate), hidden_slope * hidden * (1.0f - read)};
     store(day.cell_slope + here, slope * keep);
     for (int g = 0; g < PANEL; g++) {
         store(day.constant_slope + g * day.size.gate() + here, slopes[g]);
@@ -258,30 +298,33 @@ static void backward_tile(const Backward &day, long at, float *heads, float *gat
             for (int v = 0; v < vectors; v++) store(to + at + v * LANES, sums[row][v]);
         }
     });
-    const long step = padded(size.inputs()), heads_step = padded(size.heads);
-    transposed(day.hidden, size.hidden, size.cells, at, width, day.inputs_of, step, 0);
-    transposed(day.others, size.others, size.cells, at, width, day.inputs_of + size.hidden, step,
-               step - size.inputs());
-    transposed(day.heads_slope, size.heads, size.cells, at, width, day.heads_of, heads_step,
-               heads_step - size.heads);
+    transposed(day.hidden, 0, size.hidden, size.cells, at, width, day.inputs_of);
+    transposed(day.others, size.hidden, size.inputs(), size.cells, at, width, day.inputs_of);
+    transposed(nullptr, size.inputs(), padded(size.inputs()), size.cells, at, width, day.inputs_of);
+    transposed(day.heads_slope, 0, size.heads, size.cells, at, width, day.heads_of);
+    transposed(nullptr, size.heads, padded(size.heads), size.cells, at, width, day.heads_of);
 }
 
 // to[row, column] = sum over cells of left[row, cell] * right[cell, column], for some panels of rows
 static void sum_over_cells(const float *left, const float *right, float *to, long columns, long cells,
                            long first, long stop) {
-    const long step = padded(columns);
-    for (long column = 0; column < step; column += WIDTH)
-        each_vector(step - column, [&]<int vectors>() {
-            each_panel(first, stop, [&]<int panels>(long panel) {
-                Tile<panels, vectors> sums = {};
-                const Left factor{left + panel * PANEL * cells, PANEL * cells, 1, cells};
-                add_product<panels, vectors>(sums, factor, right + column, step, cells);
-                const long width = std::min<long>(vectors * LANES, columns - column);
-                for (long row = 0; row < panels * PANEL; row++)
-                    std::memcpy(to + (panel * PANEL + row) * columns + column, sums[row], 4 * width);
-            });
+    each_tile(0, padded(columns), [&]<int vectors>(long column) {
+        each_panel(first, stop, [&]<int panels>(long panel) {
+            Tile<panels, vectors> sums = {};
+            const Left factor{left + panel * PANEL * cells, PANEL * cells, 1, cells};
+            add_product<panels, vectors>(sums, factor, right + column * cells, WIDTH, cells);
+            const long width = std::min<long>(vectors * LANES, columns - column);
+            for (long row = 0; row < panels * PANEL; row++)
+                std::memcpy(to + (panel * PANEL + row) * columns + column, sums[row], 4 * width);
         });
+    });
 }
+
+// What each of all threads does of some work: from share(which) up to share(which + 1), in whole `unit`s.
+struct Shares {
+    long work, unit, count = at::get_num_threads();
+    long operator()(long which) const { return work / unit * which / count * unit; }
+};
 
 static float *memory(const Tensor &tensor) { return tensor.data_ptr<float>(); }
 
@@ -336,21 +379,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor &weights, c
                       .next_hidden = memory(next_hidden),
                       .next_cell = memory(next_cell),
                       .gates = remember ? memory(gates) : nullptr};
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
+    const Shares cells{size.cells, LANES};
+#pragma omp parallel for num_threads(cells.count)
+    for (long share = 0; share < cells.count; share++) {
         const auto inputs = scratch(size.inputs() * WIDTH), shown = scratch(size.hidden * WIDTH);
-#pragma omp for schedule(static)
-        for (long at = 0; at < size.cells; at += WIDTH)
-            each_vector(size.cells - at,
-                        [&]<int vectors>() { forward_tile<vectors>(day, at, inputs.get(), shown.get()); });
+        each_tile(cells(share), cells(share + 1), [&]<int vectors>(long at) {
+            forward_tile<vectors>(day, at, inputs.get(), shown.get());
+        });
     }
     return {heads, next_hidden, next_cell, gates};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const Tensor &weights, const Tensor &heads_weights, const Tensor &gates, const Tensor &cell,
-    const Tensor &next_cell, const Tensor &hidden, const Tensor &others, const Tensor &next_hidden,
-    const Tensor &heads_slope, const Tensor &next_hidden_slope, const Tensor &next_cell_slope) {
+    const Tensor &hidden, const Tensor &others, const Tensor &next_hidden, const Tensor &heads_slope,
+    const Tensor &next_hidden_slope, const Tensor &next_cell_slope) {
     const Sizes size{hidden.size(0), others.size(0), heads_slope.size(0), hidden.size(1)};
     require_sizes(size);
     require_shape("weights", weights, {(size.inputs() + PANEL - 1) / PANEL, PANEL * size.hidden, PANEL});
@@ -358,29 +401,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     require_shape("gates", gates, {PANEL * size.hidden, size.cells});
     require_shape("other inputs", others, {size.others, size.cells});
     require_shape("slopes of heads", heads_slope, {size.heads, size.cells});
-    for (const Tensor *tensor : {&cell, &next_cell, &next_hidden, &next_hidden_slope, &next_cell_slope})
+    for (const Tensor *tensor : {&cell, &next_hidden, &next_hidden_slope, &next_cell_slope})
         require_shape("states and their slopes", *tensor, {size.hidden, size.cells});
-    const Whole from({weights, heads_weights, gates, cell, next_cell, hidden, others, next_hidden,
-                      heads_slope, next_hidden_slope, next_cell_slope});
+    const Whole from({weights, heads_weights, gates, cell, hidden, others, next_hidden, heads_slope,
+                      next_hidden_slope, next_cell_slope});
     const auto like = [&](const Tensor &tensor) { return at::empty(tensor.sizes(), tensor.options()); };
     const Tensor weights_slope = at::empty({gates.size(0), size.inputs()}, gates.options()),
                  heads_weights_slope = at::empty({size.hidden, size.heads}, gates.options()),
                  constant_slope = like(gates), hidden_slope = like(hidden), others_slope = like(others),
                  cell_slope = like(cell);
-    const auto inputs_of = scratch(size.cells * padded(size.inputs())),
-               heads_of = scratch(size.cells * padded(size.heads));
+    const auto inputs_of = scratch(size.cells * padded(size.inputs(), WIDTH)),
+               heads_of = scratch(size.cells * padded(size.heads, WIDTH));
     const Backward day{.size = size,
                        .weights = from[0],
                        .heads_weights = from[1],
                        .gates = from[2],
                        .cell = from[3],
-                       .next_cell = from[4],
-                       .hidden = from[5],
-                       .others = from[6],
-                       .next_hidden = from[7],
-                       .heads_slope = from[8],
-                       .next_hidden_slope = from[9],
-                       .next_cell_slope = from[10],
+                       .hidden = from[4],
+                       .others = from[5],
+                       .next_hidden = from[6],
+                       .heads_slope = from[7],
+                       .next_hidden_slope = from[8],
+                       .next_cell_slope = from[9],
                        .weights_slope = memory(weights_slope),
                        .heads_weights_slope = memory(heads_weights_slope),
                        .constant_slope = memory(constant_slope),
@@ -389,22 +431,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
                        .cell_slope = memory(cell_slope),
                        .inputs_of = inputs_of.get(),
                        .heads_of = heads_of.get()};
-#pragma omp parallel num_threads(at::get_num_threads())
+    const Shares cells{size.cells, LANES}, units{size.hidden, PANELS}, panels{size.hidden / PANEL, 1};
+#pragma omp parallel num_threads(cells.count)
     {
-        const auto heads = scratch(size.heads * WIDTH), slopes = scratch(PANEL * size.hidden * WIDTH);
-#pragma omp for schedule(static)
-        for (long at = 0; at < size.cells; at += WIDTH)
-            each_vector(size.cells - at,
-                        [&]<int vectors>() { backward_tile<vectors>(day, at, heads.get(), slopes.get()); });
-        // a tile's panels at a time
-#pragma omp for schedule(static) nowait
-        for (long panel = 0; panel < size.hidden; panel += PANELS)
+#pragma omp for
+        for (long share = 0; share < cells.count; share++) {
+            const auto heads = scratch(size.heads * WIDTH), slopes = scratch(PANEL * size.hidden * WIDTH);
+            each_tile(cells(share), cells(share + 1), [&]<int vectors>(long at) {
+                backward_tile<vectors>(day, at, heads.get(), slopes.get());
+            });
+        }
+#pragma omp for
+        for (long share = 0; share < cells.count; share++) {
             sum_over_cells(day.constant_slope, day.inputs_of, day.weights_slope, size.inputs(), size.cells,
-                           panel, std::min<long>(panel + PANELS, size.hidden));
-#pragma omp for schedule(static)
-        for (long panel = 0; panel < size.hidden / PANEL; panel += PANELS)
+                           units(share), units(share + 1));
             sum_over_cells(day.next_hidden, day.heads_of, day.heads_weights_slope, size.heads, size.cells,
-                           panel, std::min<long>(panel + PANELS, size.hidden / PANEL));
+                           panels(share), panels(share + 1));
+        }
     }
     return {weights_slope, heads_weights_slope, constant_slope, hidden_slope, others_slope, cell_slope};
 }

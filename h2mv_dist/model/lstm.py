@@ -117,7 +117,7 @@ class _Advance(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, hidden, others, cell = inputs
         shown, next_hidden, next_cell, gates = _forward(forward, heads_forward, *inputs, True)
-        ctx.save_for_backward(backward, heads_backward, gates, cell, next_cell, hidden, others, next_hidden)
+        ctx.save_for_backward(backward, heads_backward, gates, cell, hidden, others, next_hidden)
         return shown[: len(heads)], next_hidden, next_cell
 
     @staticmethod
@@ -132,7 +132,7 @@ _library.define(
     " Tensor cell, bool remember) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "lstm_backward(Tensor weights, Tensor heads_weights, Tensor gates, Tensor cell, Tensor next_cell,"
+    "lstm_backward(Tensor weights, Tensor heads_weights, Tensor gates, Tensor cell,"
     " Tensor hidden, Tensor others, Tensor next_hidden, Tensor heads_slope, Tensor next_hidden_slope,"
     " Tensor next_cell_slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -162,7 +162,6 @@ def _backward_results(
     heads_weights: Tensor,
     gates: Tensor,
     cell: Tensor,
-    next_cell: Tensor,
     hidden: Tensor,
     others: Tensor,
     next_hidden: Tensor,

@@ -119,7 +119,7 @@ def test_the_operator_is_what_it_says_to_compilers() -> None:
             test_utils=checks,
         )
     constant, hidden, others, cell = rest
-    tensors = (constant, cell, cell, hidden, others, hidden, torch.ones(5, 32), hidden, cell)
+    tensors = (constant, cell, hidden, others, hidden, torch.ones(5, 32), hidden, cell)
     torch.library.opcheck(
         torch.ops.h2mv_dist.lstm_backward.default,
         (packed.backward, packed.heads_backward, *tensors),
