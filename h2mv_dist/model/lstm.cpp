@@ -70,39 +70,35 @@ static inline Vector higher(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector lower(Vector a, Vector b) { return a < b ? a : b; }
 #endif
 
-// e^x to float32 round-off: x = n ln 2 + rest, a polynomial of the rest (Cephes), times 2^n. Beyond 43 it stays
-// what it is there, so that the product of two can be divided by; a sigmoid does not see the difference.
-static inline Vector exponential(Vector x) {
+// e^-x to float32 round-off, of several at once, step by step: each step waits for the one before. -x is n ln 2
+// minus a rest, of which e^-rest is a polynomial (of least largest error). Beyond 43 and -43 it stays what it is
+// there, so that the product of two can be divided by; a sigmoid does not see the difference.
+template <int count>
+static inline void exponentials(Vector (&x)[count]) {
     const Vector low = all(-43.0f), high = all(43.0f), rounder = all(12582912.0f);
-    x = lower(high, higher(low, x));
-    const Vector rounded = x * 1.44269504f + rounder, n = rounded - rounder;
-    const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector sum = all(1.9875691500e-4f);
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * (rest * rest) + rest + 1.0f;
-    // n is what the last bits of `rounded` count
-    Integers bits, power;
-    std::memcpy(&bits, &sum, sizeof bits);
-    std::memcpy(&power, &rounded, sizeof power);
-    bits += power << 23;
-    std::memcpy(&sum, &bits, sizeof sum);
-    return sum;
+    constexpr float terms[] = {-8.3687166e-3f, 4.1668389e-2f, -1.6666521e-1f, 4.9999994e-1f, -1.0f, 1.0f};
+    Vector rounded[count], rest[count];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        x[i] = lower(high, higher(low, x[i]));
+        rounded[i] = x[i] * -1.44269504f + rounder;
+        rest[i] = x[i] + (rounded[i] - rounder) * 0.693147181f;
+        x[i] = all(1.3814599e-3f);
+    }
+#pragma GCC unroll 8
+    for (float term : terms)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) x[i] = x[i] * rest[i] + term;
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        // times 2^n; n is what the last bits of `rounded` count
+        Integers bits, power;
+        std::memcpy(&bits, &x[i], sizeof bits);
+        std::memcpy(&power, &rounded[i], sizeof power);
+        bits += power << 23;
+        std::memcpy(&x[i], &bits, sizeof bits);
+    }
 }
-
-static inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// Sigmoids of both for one division, which takes as long as many a product.
-static inline void sigmoids(Vector &a, Vector &b) {
-    const Vector below_a = 1.0f + exponential(-a), below_b = 1.0f + exponential(-b);
-    const Vector both = 1.0f / (below_a * below_b);
-    a = both * below_b, b = both * below_a;
-}
-
-static inline Vector tanh(Vector x) { return 2.0f / (1.0f + exponential(-2.0f * x)) - 1.0f; }
 
 // The left factor of a product: where its next panel, its next column and its next row lie.
 struct Left {
@@ -110,16 +106,21 @@ struct Left {
     long panel, column, row;
 };
 
+// The right factor: where its next row and its next vector lie.
+struct Right {
+    const float *at;
+    long row, vector;
+};
+
 template <int panels, int vectors>
 using Tile = Vector[panels * PANEL][vectors];
 
-// sums += left * right, whose rows are `step` apart
+// sums += left * right
 template <int panels, int vectors>
-static inline void add_product(Tile<panels, vectors> &sums, Left left, const float *right, long step,
-                               long length) {
+static inline void add_product(Tile<panels, vectors> &sums, Left left, Right right, long length) {
     for (long k = 0; k < length; k++) {
         Vector values[vectors];
-        for (int v = 0; v < vectors; v++) values[v] = load(right + k * step + v * LANES);
+        for (int v = 0; v < vectors; v++) values[v] = load(right.at + k * right.row + v * right.vector);
 #pragma GCC unroll 8
         for (int row = 0; row < panels * PANEL; row++) {
             const Vector factor =
@@ -140,11 +141,13 @@ static inline void each_panel(long first, long stop, Work work) {
 // Does columns from `first` up to `stop`, a tile at a time; the last may have fewer vectors.
 template <int vectors = VECTORS, typename Work>
 static inline void each_tile(long first, long stop, Work work) {
-    for (; first + vectors * LANES <= stop; first += vectors * LANES) work.template operator()<vectors>(first);
+    // four vectors are two times two: one alone takes as long as two
+    const auto fits = [&](long left) { return left >= vectors && (vectors != 3 || left != 4); };
+    for (; fits((stop - first) / LANES); first += vectors * LANES) work.template operator()<vectors>(first);
     if constexpr (vectors > 1) each_tile<vectors - 1>(first, stop, work);
 }
 
-static inline long padded(long columns, long unit = LANES) { return (columns + unit - 1) / unit * unit; }
+static inline long padded(long columns) { return (columns + LANES - 1) / LANES * LANES; }
 
 // Rows of a tile's cells one behind the other: far apart they would take each other's places in the cache.
 static float *gathered(const float *rows, long count, long cells, long at, long width, float *to) {
@@ -152,12 +155,12 @@ static float *gathered(const float *rows, long count, long cells, long at, long 
     return to;
 }
 
-// Rows from `first` up to `stop` with cells as rows, [tile of rows, cell, row of the tile]; null for zeros.
+// Rows from `first` up to `stop` with cells as rows, [vector of rows, cell, row of the vector]; null for zeros.
 static void transposed(const float *rows, long first, long stop, long cells, long at, long width, float *to) {
     for (long row = first; row < stop; row++) {
-        float *column = to + row / WIDTH * WIDTH * cells + row % WIDTH;
+        float *column = to + row / LANES * LANES * cells + row % LANES;
         for (long cell = at; cell < at + width; cell++)
-            column[cell * WIDTH] = rows ? rows[(row - first) * cells + cell] : 0.0f;
+            column[cell * LANES] = rows ? rows[(row - first) * cells + cell] : 0.0f;
     }
 }
 
@@ -190,22 +193,39 @@ struct Forward {
     float *heads, *next_hidden, *next_cell, *gates;  // gates as remembered, or null
 };
 
-// Not inlined: the compiler contracts products and sums the same way for tiles of all sizes.
-static __attribute__((noinline)) void activate(const Forward &day, long unit, long at, float *tile,
-                                               Vector write, Vector keep, Vector candidate, Vector read) {
+// The gates of a unit, in their order, for some vectors. Two are divided at once: that takes as long as many a
+// product.
+template <int vectors>
+static inline void activate(const Forward &day, long unit, long at, float *tile,
+                                               const Vector (*sums)[vectors]) {
     const long here = unit * day.size.cells + at;
-    sigmoids(write, keep);
-    candidate = tanh(candidate), read = sigmoid(read);
-    const Vector cell = keep * load(day.cell + here) + write * candidate, hidden = read * tanh(cell);
-    store(day.next_cell + here, cell);
-    store(day.next_hidden + here, hidden);
-    store(tile, hidden);
-    if (!day.gates) return;
-    float *gates = day.gates + day.size.remembered(unit, at);
-    put_aside(gates, write);
-    put_aside(gates + LANES, keep);
-    put_aside(gates + 2 * LANES, candidate);
-    put_aside(gates + 3 * LANES, read);
+    Vector read[vectors], shown[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+        Vector below[PANEL] = {sums[0][v], sums[1][v], sums[2][v] + sums[2][v], sums[3][v]};
+        exponentials(below);
+        for (Vector &value : below) value += 1.0f;
+        const Vector inward = 1.0f / (below[0] * below[2]), onward = 1.0f / (below[1] * below[3]);
+        const Vector write = inward * below[2], candidate = 2.0f * (inward * below[0]) - 1.0f,
+                     keep = onward * below[3];
+        read[v] = onward * below[1];
+        const Vector cell = keep * load(day.cell + here + v * LANES) + write * candidate;
+        store(day.next_cell + here + v * LANES, cell);
+        shown[v] = cell + cell;
+        if (!day.gates) continue;
+        float *gates = day.gates + day.size.remembered(unit, at + v * LANES);
+        put_aside(gates, write);
+        put_aside(gates + LANES, keep);
+        put_aside(gates + 2 * LANES, candidate);
+        put_aside(gates + 3 * LANES, read[v]);
+    }
+    exponentials(shown);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+        const Vector hidden = read[v] * (2.0f / (1.0f + shown[v]) - 1.0f);
+        store(day.next_hidden + here + v * LANES, hidden);
+        store(tile + v * LANES, hidden);
+    }
 }
 
 template <int vectors>
@@ -220,17 +240,14 @@ static void forward_tile(const Forward &day, long at, float *inputs, float *hidd
                 sums[row][v] = load(day.constant + row % PANEL * size.gate() +
                                     (unit + row / PANEL) * size.cells + at + v * LANES);
         const Left weights{day.weights + unit * PANEL * size.inputs(), PANEL * size.inputs(), PANEL, 1};
-        add_product<panels, vectors>(sums, weights, inputs, WIDTH, size.inputs());
+        add_product<panels, vectors>(sums, weights, {inputs, WIDTH, LANES}, size.inputs());
         for (int u = 0; u < panels; u++)
-            for (int v = 0; v < vectors; v++)
-                activate(day, unit + u, at + v * LANES, hidden + (unit + u) * WIDTH + v * LANES,
-                         sums[PANEL * u][v], sums[PANEL * u + 1][v], sums[PANEL * u + 2][v],
-                         sums[PANEL * u + 3][v]);
+            activate<vectors>(day, unit + u, at, hidden + (unit + u) * WIDTH, sums + PANEL * u);
     });
     each_panel(0, size.heads / PANEL, [&]<int panels>(long panel) {
         Tile<panels, vectors> sums = {};
         const Left weights{day.heads_weights + panel * PANEL * size.hidden, PANEL * size.hidden, PANEL, 1};
-        add_product<panels, vectors>(sums, weights, hidden, WIDTH, size.hidden);
+        add_product<panels, vectors>(sums, weights, {hidden, WIDTH, LANES}, size.hidden);
         for (int row = 0; row < panels * PANEL; row++)
             for (int v = 0; v < vectors; v++)
                 store(day.heads + (panel * PANEL + row) * size.cells + at + v * LANES, sums[row][v]);
@@ -279,7 +296,7 @@ static void backward_tile(const Backward &day, long at, float *heads, float *gat
     each_panel(0, size.hidden / PANEL, [&]<int panels>(long panel) {
         Tile<panels, vectors> sums = {};
         const Left weights{day.heads_weights + panel * PANEL * size.heads, PANEL * size.heads, PANEL, 1};
-        add_product<panels, vectors>(sums, weights, heads, WIDTH, size.heads);
+        add_product<panels, vectors>(sums, weights, {heads, WIDTH, LANES}, size.heads);
         for (int row = 0; row < panels * PANEL; row++)
             for (int v = 0; v < vectors; v++) {
                 const long unit = panel * PANEL + row, from = at + v * LANES;
@@ -290,7 +307,7 @@ static void backward_tile(const Backward &day, long at, float *heads, float *gat
     each_panel(0, (size.inputs() + PANEL - 1) / PANEL, [&]<int panels>(long panel) {
         Tile<panels, vectors> sums = {};
         const Left weights{day.weights + panel * PANEL * rows, PANEL * rows, PANEL, 1};
-        add_product<panels, vectors>(sums, weights, gates, WIDTH, rows);
+        add_product<panels, vectors>(sums, weights, {gates, WIDTH, LANES}, rows);
         for (long row = 0; row < std::min<long>(panels * PANEL, size.inputs() - panel * PANEL); row++) {
             const long input = panel * PANEL + row;
             float *to = input < size.hidden ? day.hidden_slope + input * size.cells
@@ -312,7 +329,7 @@ static void sum_over_cells(const float *left, const float *right, float *to, lon
         each_panel(first, stop, [&]<int panels>(long panel) {
             Tile<panels, vectors> sums = {};
             const Left factor{left + panel * PANEL * cells, PANEL * cells, 1, cells};
-            add_product<panels, vectors>(sums, factor, right + column * cells, WIDTH, cells);
+            add_product<panels, vectors>(sums, factor, {right + column * cells, LANES, LANES * cells}, cells);
             const long width = std::min<long>(vectors * LANES, columns - column);
             for (long row = 0; row < panels * PANEL; row++)
                 std::memcpy(to + (panel * PANEL + row) * columns + column, sums[row], 4 * width);
@@ -410,8 +427,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
                  heads_weights_slope = at::empty({size.hidden, size.heads}, gates.options()),
                  constant_slope = like(gates), hidden_slope = like(hidden), others_slope = like(others),
                  cell_slope = like(cell);
-    const auto inputs_of = scratch(size.cells * padded(size.inputs(), WIDTH)),
-               heads_of = scratch(size.cells * padded(size.heads, WIDTH));
+    const auto inputs_of = scratch(size.cells * padded(size.inputs())),
+               heads_of = scratch(size.cells * padded(size.heads));
     const Backward day{.size = size,
                        .weights = from[0],
                        .heads_weights = from[1],
@@ -450,6 +467,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
         }
     }
     return {weights_slope, heads_weights_slope, constant_slope, hidden_slope, others_slope, cell_slope};
+}
+
+// lstm.py brings both directions together; without this, every call would look for a gradient of its own
+TORCH_LIBRARY_IMPL(h2mv_dist, Autograd, operators) {
+    operators.impl("lstm_forward", torch::CppFunction::makeFallthrough());
+    operators.impl("lstm_backward", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(h2mv_dist, CPU, operators) {

@@ -1,7 +1,7 @@
 """A day of an LSTM and of the layer that reads it as one operator, for compiled days on a CPU in float32.
 
 Libraries' products are made for larger matrices than those of a day, and leave all gates to be read again
-from memory; ``lstm.cpp`` needs less time for product and activation than they for the product. It is compiled
+from memory; ``lstm.cpp`` takes hardly longer for all of it than they for the product. It is compiled
 once a machine, by the compiler that ``torch.compile`` needs too, and lies beside what that one keeps.
 """
 
