@@ -91,12 +91,13 @@ static inline void exponentials(Vector (&x)[count]) {
         for (int i = 0; i < count; i++) x[i] = x[i] * rest[i] + term;
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++) {
-        // times 2^n; n is what the last bits of `rounded` count
-        Integers bits, power;
-        std::memcpy(&bits, &x[i], sizeof bits);
-        std::memcpy(&power, &rounded[i], sizeof power);
-        bits += power << 23;
-        std::memcpy(&x[i], &bits, sizeof bits);
+        // n is what the last bits of `rounded` count, 2^n what they are as an exponent
+        Integers bits;
+        std::memcpy(&bits, &rounded[i], sizeof bits);
+        bits = (bits << 23) + 0x3f800000;
+        Vector power;
+        std::memcpy(&power, &bits, sizeof power);
+        x[i] *= power;
     }
 }
 
@@ -197,7 +198,7 @@ struct Forward {
 // product.
 template <int vectors>
 static inline void activate(const Forward &day, long unit, long at, float *tile,
-                                               const Vector (*sums)[vectors]) {
+                            const Vector (*sums)[vectors]) {
     const long here = unit * day.size.cells + at;
     Vector read[vectors], shown[vectors];
 #pragma GCC unroll 4
@@ -268,8 +269,7 @@ struct Backward {
 };
 
 // Slopes of the gates of a unit before their activation, for a vector of cells; also to the tile.
-static __attribute__((noinline)) void activate_back(const Backward &day, long unit, long at,
-                                                    Vector hidden_slope, float *tile) {
+static inline void activate_back(const Backward &day, long unit, long at, Vector hidden_slope, float *tile) {
     const long here = unit * day.size.cells + at;
     const float *gates = day.gates + day.size.remembered(unit, at);
     const Vector write = load(gates), keep = load(gates + LANES), candidate = load(gates + 2 * LANES),
