@@ -154,8 +154,8 @@ def run_days(
     none = forcing[:0, 0]
     columns = [torch.cat(parts) for parts in zip(*kept, strict=True)] if kept else [none for _ in names]
     for column in columns:
-        if column.requires_grad:
-            # else compiled blocks would bring their parts into order one by one
+        if column.requires_grad and isinstance(block, CompiledBlock):
+            # else each block would bring its part of the gradient into order
             column.register_hook(Tensor.contiguous)
     return dict(zip(names, columns, strict=True)), state
 
@@ -214,8 +214,9 @@ def _compiled(block: DayBlock) -> DayBlock:
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # modules do not change while a process runs; to look at them would take a tenth of a block's time
     guards = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
-    # that what operators return has the shape they promise is for tests to say; here it would take as long
-    options: dict[str, Any] = {**guards, "size_asserts": False, "alignment_asserts": False}
+    # that operators return what they promise is for tests to say
+    checks = {"size_asserts": False, "alignment_asserts": False}
+    options: dict[str, Any] = {**guards, **checks}
     return torch.compile(block, fullgraph=True, dynamic=False, options=options)
 
 

@@ -34,6 +34,8 @@ constexpr int LANES = 8, PANELS = 1, VECTORS = 3;
 constexpr int LANES = 4, PANELS = 1, VECTORS = 2;
 #endif
 constexpr int PANEL = 4, WIDTH = VECTORS * LANES;
+// numbers in a line of the cache, and what cells are a multiple of: no two threads write to one line
+constexpr int LINE = 16;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -70,9 +72,10 @@ static inline Vector higher(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector lower(Vector a, Vector b) { return a < b ? a : b; }
 #endif
 
-// e^-x to float32 round-off, of several at once, step by step: each step waits for the one before. -x is n ln 2
-// minus a rest, of which e^-rest is a polynomial (of least largest error). Beyond 43 and -43 it stays what it is
-// there, so that the product of two can be divided by; a sigmoid does not see the difference.
+// e^-x of several at once, step by step: each step waits for the one before. -x is n ln 2 minus a rest, of
+// which e^-rest is a polynomial (of least largest error); to float32 round-off, without FMA up to four times
+// that where a sigmoid sees it. Beyond 43 and -43 it stays what it is there, so that one divided by the product
+// of two is still a normal number; a sigmoid does not see the difference.
 template <int count>
 static inline void exponentials(Vector (&x)[count]) {
     const Vector low = all(-43.0f), high = all(43.0f), rounder = all(12582912.0f);
@@ -126,7 +129,7 @@ static inline void add_product(Tile<panels, vectors> &sums, Left left, Right rig
         for (int row = 0; row < panels * PANEL; row++) {
             const Vector factor =
                 all(left.at[row / PANEL * left.panel + k * left.column + row % PANEL * left.row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) sums[row][v] += factor * values[v];
         }
     }
@@ -139,7 +142,7 @@ static inline void each_panel(long first, long stop, Work work) {
     for (; first < stop; first++) work.template operator()<1>(first);
 }
 
-// Does columns from `first` up to `stop`, a tile at a time; the last may have fewer vectors.
+// Does columns from `first` up to `stop`, a tile at a time; the last ones may have fewer vectors.
 template <int vectors = VECTORS, typename Work>
 static inline void each_tile(long first, long stop, Work work) {
     // four vectors are two times two: one alone takes as long as two
@@ -172,7 +175,8 @@ using Scratch = std::unique_ptr<float[], Free>;
 
 // Memory for what is written before it is read; vectors lie within lines of the cache.
 static Scratch scratch(long size) {
-    void *memory = std::aligned_alloc(64, (4 * size + 63) / 64 * 64);
+    constexpr long bytes = sizeof(float) * LINE;
+    void *memory = std::aligned_alloc(bytes, (size + LINE - 1) / LINE * bytes);
     if (!memory) throw std::bad_alloc();
     return Scratch(static_cast<float *>(memory));
 }
@@ -194,8 +198,9 @@ struct Forward {
     float *heads, *next_hidden, *next_cell, *gates;  // gates as remembered, or null
 };
 
-// The gates of a unit, in their order, for some vectors. Two are divided at once: that takes as long as many a
-// product.
+// The gates of a unit, in their order, for some vectors. Two share a division, which takes as long as many
+// products; what is no number in one of the two is none in the other. The cell is the only sum of two products:
+// compilers have to contract the same one for tiles of all sizes, which a test looks after.
 template <int vectors>
 static inline void activate(const Forward &day, long unit, long at, float *tile,
                             const Vector (*sums)[vectors]) {
@@ -274,7 +279,7 @@ static inline void activate_back(const Backward &day, long unit, long at, Vector
     const float *gates = day.gates + day.size.remembered(unit, at);
     const Vector write = load(gates), keep = load(gates + LANES), candidate = load(gates + 2 * LANES),
                  read = load(gates + 3 * LANES), hidden = load(day.next_hidden + here);
-    // hidden = read * tanh(cell), and no read is zero
+    // hidden = read * tanh(cell), and no read is zero: exponentials end at 43
     const Vector slope =
         load(day.next_cell_slope + here) + hidden_slope * (read - hidden * (hidden / read));
     const Vector slopes[PANEL] = {
@@ -363,7 +368,7 @@ static void require_shape(const char *name, const Tensor &tensor, at::IntArrayRe
 }
 
 static void require_sizes(const Sizes &size) {
-    TORCH_CHECK_VALUE(size.cells % 16 == 0, size.cells, " cells, which is no multiple of 16: fill them up");
+    TORCH_CHECK_VALUE(size.cells % LINE == 0, size.cells, " cells, which is no multiple of 16: fill them up");
     TORCH_CHECK_VALUE(size.hidden % PANEL == 0, size.hidden, " hidden units, which is no multiple of 4");
 }
 
@@ -396,7 +401,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor &weights, c
                       .next_hidden = memory(next_hidden),
                       .next_cell = memory(next_cell),
                       .gates = remember ? memory(gates) : nullptr};
-    const Shares cells{size.cells, LANES};
+    const Shares cells{size.cells, LINE};
 #pragma omp parallel for num_threads(cells.count)
     for (long share = 0; share < cells.count; share++) {
         const auto inputs = scratch(size.inputs() * WIDTH), shown = scratch(size.hidden * WIDTH);
@@ -448,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
                        .cell_slope = memory(cell_slope),
                        .inputs_of = inputs_of.get(),
                        .heads_of = heads_of.get()};
-    const Shares cells{size.cells, LANES}, units{size.hidden, PANELS}, panels{size.hidden / PANEL, 1};
+    const Shares cells{size.cells, LINE}, units{size.hidden, PANELS}, panels{size.hidden / PANEL, 1};
 #pragma omp parallel num_threads(cells.count)
     {
 #pragma omp for
@@ -469,7 +474,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     return {weights_slope, heads_weights_slope, constant_slope, hidden_slope, others_slope, cell_slope};
 }
 
-// lstm.py brings both directions together; without this, every call would look for a gradient of its own
+// lstm.py brings both directions together; without this, every call would look for a gradient of its own. A
+// call of one direction alone has none, and there are no second derivatives.
 TORCH_LIBRARY_IMPL(h2mv_dist, Autograd, operators) {
     operators.impl("lstm_forward", torch::CppFunction::makeFallthrough());
     operators.impl("lstm_backward", torch::CppFunction::makeFallthrough());

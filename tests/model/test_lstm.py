@@ -84,13 +84,14 @@ def test_a_day_and_its_gradients_are_those_of_double_precision(sizes: tuple[int,
 def test_neither_threads_nor_the_place_of_a_cell_change_a_bit() -> None:
     given = arrays(20, 7, 5, 112)
     results = []
-    for number in (1, 2, 3):
+    # more threads than there is work for, too
+    for number in (1, 2, 3, 16):
         torch.set_num_threads(number)
         found = by_operator(given)
         results.append((*found, *slopes(found, given)))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
-    # the last one alone is in a tile half as wide
+    # the last ones are in a tile that is not as wide
     moved = [*given[:2], *(tensor.roll(1, dims=1) for tensor in given[2:])]
     for here, there in zip(by_operator(moved), results[0], strict=False):
         assert torch.equal(here, there.roll(1, dims=1))
