@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# two files of tests at a time: many of them wait for processes, and fixtures of a file are made once
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+# on two cores three files of tests at a time: many of them wait, and fixtures of a file are made once
+SIDE_BY_SIDE := --numprocesses 3 --dist loadfile
 
 .PHONY: demo test test-all faults slurm lint docs notebooks bench bench-io clean
 .DELETE_ON_ERROR:

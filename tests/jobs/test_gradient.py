@@ -41,7 +41,7 @@ from tests.model import builders
 
 CPU = torch.device("cpu")
 SPINUP = 10
-LIMIT_SECONDS = 280
+LIMIT_SECONDS = 500
 """Only ends what hangs."""
 WIDTH = 4
 """Cells that compiled batches are filled up to."""
