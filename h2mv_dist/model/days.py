@@ -180,7 +180,7 @@ class CompiledBlock:
     """
 
     def __init__(self, block: DayBlock) -> None:
-        self.block = _compiled(block)
+        self.block = block
 
     def __call__(
         self, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
@@ -192,7 +192,7 @@ class CompiledBlock:
         else:
             for tensor in (*prepared.cells, forcing, *state):
                 torch._dynamo.mark_dynamic(tensor, tensor.dim() - 1, min=LANES, max=MOST_CELLS)
-        return self.block(prepared, forcing, state, names)
+        return _compiled(self.block, forcing.device.type)(prepared, forcing, state, names)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -201,8 +201,8 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(block: DayBlock) -> DayBlock:
-    """One compiled function a block and process."""
+def _compiled(block: DayBlock, device_type: str) -> DayBlock:
+    """One compiled function a block, type of device and process."""
     import torch._functorch.config
 
     # torch, too, runs what it finds there
@@ -216,7 +216,9 @@ def _compiled(block: DayBlock) -> DayBlock:
     guards = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
     # that operators return what they promise is for tests to say
     checks = {"size_asserts": False, "alignment_asserts": False}
-    options: dict[str, Any] = {**guards, **checks}
+    # C++ for what calls one kernel after the other, too: meanwhile other threads of Python go on
+    calls = {"cpp_wrapper": device_type == "cpu"}
+    options: dict[str, Any] = {**guards, **checks, **calls}
     return torch.compile(block, fullgraph=True, dynamic=False, options=options)
 
 

@@ -35,7 +35,7 @@ def test_an_operator_that_others_may_have_put_there_is_not_loaded(trap: Path) ->
 @pytest.mark.usefixtures("trap")
 def test_nor_does_torch_look_for_code_there() -> None:
     with pytest.raises(ConfigError, match="others may write"):
-        days._compiled.__wrapped__(H2MV.day_block)
+        days._compiled.__wrapped__(H2MV.day_block, "cpu")
     with pytest.raises(ConfigError, match="others may write"), days.one_compiles("days"):
         pass
     assert "others may write" in days.no_compiler_because()
