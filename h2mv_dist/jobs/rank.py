@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from h2mv_dist.errors import H2mvError, JobError, describe
-from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory
+from h2mv_dist.jobs.memory import RANK_BYTES, keep_freed_memory, loading
 from h2mv_dist.jobs.messages import Failure, Place, RankError, Share, failure_of
 
 ORPHANED: Final = 98
@@ -37,7 +37,10 @@ def main() -> None:
     emit = _emitter(int(sys.argv[1]))
     threading.Thread(target=_pulse, args=[emit], daemon=True).start()
     try:
-        from h2mv_dist.jobs.trainer import train_rank
+        with loading():
+            import torch._dynamo  # noqa: F401, which optimizers import, too
+
+            from h2mv_dist.jobs.trainer import train_rank
 
         summary = train_rank(
             order["message"], Place(**order["place"]), Share(**order["share"]), emit, leave.is_set

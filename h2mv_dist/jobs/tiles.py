@@ -30,7 +30,7 @@ from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.jobs.code_path import compiles_here
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message
-from h2mv_dist.jobs.memory import keep_freed_memory
+from h2mv_dist.jobs.memory import keep_freed_memory, set_apart_what_is_loaded
 from h2mv_dist.jobs.messages import Message, Place
 from h2mv_dist.jobs.simulation import Carried, Days, TileSimulation, Values, constants_of, kept_outputs
 from h2mv_dist.jobs.tasks import cancellation_check, make_room, report
@@ -126,6 +126,7 @@ def _context(message: Message) -> TileContext:
             _contexts.clear()
             options = StorageOptions(message["storage_options"])
             _contexts[key] = open_context(planned, message["cube"], options)
+            set_apart_what_is_loaded()
         return _contexts[key]
 
 

@@ -32,7 +32,7 @@ from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.code_path import COMPILED, Way
 from h2mv_dist.jobs.decisions import Begun, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
-from h2mv_dist.jobs.memory import give_back_freed_memory
+from h2mv_dist.jobs.memory import give_back_freed_memory, set_apart_what_is_loaded
 from h2mv_dist.jobs.messages import Failure, Place, RankError, Share
 from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
 from h2mv_dist.jobs.probe import cell_days_a_second
@@ -367,6 +367,7 @@ class FoldRun:
             if self.record.has_checkpoint("last"):
                 self._restore(self.record.read_checkpoint("last"))
             distributed = DistributedDataParallel(self.model, forward_sync_buffers=False)
+            set_apart_what_is_loaded()
         while not self._finished():
             validated = self._validate() if self._train_epoch(distributed) else None
             if validated is None:
