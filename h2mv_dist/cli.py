@@ -120,15 +120,16 @@ def train(
 
     The same command again goes on, or watches the job if it is running. SIGTERM ends it like Ctrl-C.
     """
-    from h2mv_dist.jobs.cluster import for_work
-    from h2mv_dist.jobs.messages import job_id
-    from h2mv_dist.jobs.training import plan_training, start_training
-
     folder = resume or job
     if folder is None or (settings is None) == (resume is None) or (settings and file):
         raise typer.BadParameter("give a settings file and --job, or --resume, alone or with --settings")
     extra = [*(set_ or []), *_sweep_overrides(sweep, seeds)]
     chosen, options = _settings(settings or file, extra, address, resume)
+    # what is wrong with settings is said before torch is imported
+    from h2mv_dist.jobs.cluster import for_work
+    from h2mv_dist.jobs.messages import job_id
+    from h2mv_dist.jobs.training import plan_training, start_training
+
     plan, training = plan_training(chosen, folder, options), chosen.training
     name, gangs = job_id("train", folder), sum(len(run.attempts) for run in plan.runs)
     _run(
@@ -178,10 +179,11 @@ def infer(
     The same command again watches the job if it is running. Exit code 75 if there is nothing to append yet,
     so that a timer can try again.
     """
+    chosen, options = _settings(settings, set_, address)
+    # what is wrong with settings is said before torch is imported
     from h2mv_dist.jobs.cube_plan import plan_inference
     from h2mv_dist.jobs.forecast import forecast, require_room
 
-    chosen, options = _settings(settings, set_, address)
     since = None if from_ is None else from_.date()
     if plan_only:
         plan = plan_inference(chosen, job, options, cube=cube, append=append, since=since)

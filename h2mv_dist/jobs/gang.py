@@ -380,7 +380,8 @@ class Coordinator(SchedulerPlugin):
 
     async def _ranks(self, job: Job, unit: Unit, gang: _Gang, futures: list[Future[Any]]) -> Any:
         """Result of the first rank, once all are done."""
-        rendezvous = await self._rendezvous(unit, gang) if unit.ranks_meet else None
+        meets = unit.ranks_meet and len(gang.seats) > 1
+        rendezvous = await self._rendezvous(unit, gang) if meets else None
         history = {"before": unit.error, "quarantined": dict(self.health.quarantined)}
         for rank, seat in enumerate(gang.seats):
             place = Place(gang.name, rank, len(gang.seats), unit.attempt, rendezvous, history)

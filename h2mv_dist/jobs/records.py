@@ -25,7 +25,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, with_config
 
@@ -33,7 +33,9 @@ from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, 
 from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.io import stores
 from h2mv_dist.io.documents import checked, parsed
-from h2mv_dist.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from h2mv_dist.model.checkpoint import Checkpoint
 
 Which = Literal["best", "last"]
 
@@ -161,7 +163,7 @@ class FoldRecord:
         """
         return stores.get_object(self._checkpoint_path(which), self.options)
 
-    def read_checkpoint(self, which: Which) -> Checkpoint:
+    def read_checkpoint(self, which: Which) -> "Checkpoint":
         """The best or last checkpoint.
 
         Raises:
@@ -169,6 +171,8 @@ class FoldRecord:
             CheckpointError: it is damaged or foreign.
         """
         path = self._checkpoint_path(which)
+        from h2mv_dist.model.checkpoint import Checkpoint
+
         return Checkpoint.from_bytes(stores.get_object(path, self.options), path)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -238,8 +242,8 @@ class FoldWriter:
         self,
         epoch: int,
         metrics: Mapping[str, Any],
-        last: Checkpoint,
-        best: Checkpoint | None,
+        last: "Checkpoint",
+        best: "Checkpoint | None",
         keep: bool,
     ) -> None:
         """Store a complete epoch: its objects first, then the pointer, which makes all of them count at once.
@@ -263,7 +267,7 @@ class FoldWriter:
             state = replace(state, kept=(*state.kept, state.last))
         self._move(state)
 
-    def write_within_epoch(self, epoch: int, last: Checkpoint) -> None:
+    def write_within_epoch(self, epoch: int, last: "Checkpoint") -> None:
         """Store what a resume needs to go on within an epoch, of which ``epoch`` are complete."""
         self._move(replace(self.state, last=self._write(last, "part", epoch)))
 
@@ -289,7 +293,7 @@ class FoldWriter:
         older = (name for name in found if _is_older(name, self.state.attempt))
         self._delete(name for name in older if name not in self.state.names)
 
-    def _write(self, checkpoint: Checkpoint, kind: str, epoch: int) -> str:
+    def _write(self, checkpoint: "Checkpoint", kind: str, epoch: int) -> str:
         name = f"{epoch:05d}-{self.state.attempt:03d}-{kind}.safetensors"
         stores.put_object(self.record.checkpoint_path(name), checkpoint.to_bytes(), self.record.options)
         return name
