@@ -118,7 +118,7 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Stop a job on a running scheduler at once; what is complete stays, and the job can go on later."""
-    from h2mv_dist.jobs.training import cancel_jobs
+    from h2mv_dist.jobs.handle import cancel_jobs
 
     with _connected(settings, with_address(set_, address), needed=True) as client:
         cancelled = cancel_jobs(client, job)

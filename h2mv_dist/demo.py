@@ -17,13 +17,14 @@ from h2mv_dist.analysis.report import write_report
 from h2mv_dist.config import Settings, StorageOptions, load
 from h2mv_dist.display import watching
 from h2mv_dist.io.cache import StagedCells, stage
+from h2mv_dist.io.folds import chosen_folds
 from h2mv_dist.io.source import open_source
 from h2mv_dist.io.stores import delete_tree, exists
 from h2mv_dist.jobs.cluster import connect
 from h2mv_dist.jobs.export import fold_curve
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.records import JobFolder
-from h2mv_dist.jobs.training import chosen_folds, submit_training
+from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import loss_floor, make_world, truth_url
 from h2mv_dist.model.registry import model_kind
 

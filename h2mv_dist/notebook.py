@@ -8,7 +8,8 @@
     job.wait()
     cube = hd.infer("settings.toml", job, "s3://bucket/cube.zarr").wait().result().cube
 
-A job lives on the scheduler and in its records, not here: ``hd.job`` finds it again from any machine.
+A job lives on the scheduler and in its records, not here: ``hd.job`` finds it again from any machine. Only
+who submits one imports torch.
 """
 
 import atexit
@@ -42,7 +43,6 @@ from h2mv_dist.io.stores import displayed, get_object, join
 from h2mv_dist.jobs.cluster import connect as connected
 from h2mv_dist.jobs.cluster import install, known_options, scheduler_address
 from h2mv_dist.jobs.configuration import load, load_cluster
-from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.export import fold_curves, metrics_table
 from h2mv_dist.jobs.handle import (
     POLL_SECONDS,
@@ -54,7 +54,6 @@ from h2mv_dist.jobs.handle import (
     status_of,
 )
 from h2mv_dist.jobs.html import jobs_html
-from h2mv_dist.jobs.inference import start_inference
 from h2mv_dist.jobs.logs import RankLog, recorded_logs, with_what_runs
 from h2mv_dist.jobs.messages import is_id, job_id, kind_of
 from h2mv_dist.jobs.page import page_of
@@ -62,7 +61,6 @@ from h2mv_dist.jobs.progress import duration, progress_of, speed
 from h2mv_dist.jobs.recorded import RecordedJob, find_job, recorded_folds, recorded_jobs, unreadable
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.summary import FILE as SUMMARY
-from h2mv_dist.jobs.training import plan_training, start_training
 from h2mv_dist.variables import nearest
 
 if TYPE_CHECKING:
@@ -152,6 +150,8 @@ def train(
     if running(client, name) is not None:
         _log.warning("%s is running already, with the settings it was started with", name)
     else:
+        from h2mv_dist.jobs.training import plan_training, start_training
+
         start_training(client, plan_training(chosen, url, options))
     return Job(name, url, options)
 
@@ -186,6 +186,9 @@ def infer(
     if running(client, name) is not None:
         _log.warning("%s is running already, with the settings it was started with", name)
     else:
+        from h2mv_dist.jobs.cube_plan import plan_inference
+        from h2mv_dist.jobs.inference import start_inference
+
         plan = plan_inference(chosen, folder, options, cube=url, append=append)
         start_inference(client, plan, folder, url, options)
     return Job(name, url, options)

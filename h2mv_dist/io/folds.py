@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from h2mv_dist.config import Assignment, FoldSettings
+from h2mv_dist.config import Assignment, FoldSettings, Settings
 from h2mv_dist.errors import ConfigError, DataError, describe
 from h2mv_dist.grid import BoolArray, FloatArray, Grid, IntArray, Period
 from h2mv_dist.io.cache import Series, StagedCells
@@ -129,6 +129,22 @@ def _shuffled_sets(rng: np.random.RandomState, n_blocks: int, n_sets: int) -> li
     ids = np.arange(n_blocks)
     rng.shuffle(ids)
     return np.array_split(ids, n_sets)
+
+
+def chosen_folds(settings: Settings) -> tuple[int, ...]:
+    """The folds to train.
+
+    Raises:
+        ConfigError: a fold that the settings do not define.
+    """
+    count = settings.folds.count
+    folds = settings.training.folds if settings.training.folds is not None else tuple(range(count))
+    unknown = [fold for fold in folds if not 0 <= fold < count]
+    if unknown or not folds:
+        raise ConfigError(
+            f"training.folds = {list(folds)}: expected fold numbers from 0 to {count - 1}, at least one"
+        )
+    return folds
 
 
 def make_folds(grid: Grid, settings: FoldSettings) -> tuple[Fold, ...]:

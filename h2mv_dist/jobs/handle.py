@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from distributed import Client
 
-from h2mv_dist.config import StorageOptions
+from h2mv_dist.config import StorageOptions, shared_place
 from h2mv_dist.errors import JobError, describe
+from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import scheduler_address
-from h2mv_dist.jobs.messages import Job
+from h2mv_dist.jobs.messages import Job, is_id, job_id
 from h2mv_dist.jobs.progress import summary_of
 from h2mv_dist.jobs.run_record import RunRecord
 
@@ -183,3 +184,30 @@ def raise_failures(status: Mapping[str, Any]) -> None:
         )
     if status["cancelled"]:
         raise JobError(f"job {status['id']} was cancelled")
+
+
+def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
+    """Stop what runs for a job folder, or to fill a cube, a copy or a prepared store; returns their ids.
+
+    Args:
+        client: connected to the scheduler that runs it.
+        url: the place, or the id of one job.
+
+    Raises:
+        JobError: nothing does.
+    """
+    kinds = ("train", "infer", "prepare", "compact")
+    names = (url,) if is_id(url) else tuple(job_id(kind, shared_place(url)) for kind in kinds)
+    cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
+    if not cancelled:
+        raise JobError(
+            describe(
+                "no such job is running",
+                where=scheduler_address(client),
+                expected=f"a job with the folder, cube or prepared store {displayed(url)}",
+                actual="none; it is finished, or was never submitted to this scheduler",
+                fix="give the URL that was given to --job, --cube, --to or as TARGET, and the address of its "
+                "scheduler",
+            )
+        )
+    return cancelled

@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import JobError, StoreError, describe
 from h2mv_dist.io.cube_store import read_cube
+from h2mv_dist.io.folds import chosen_folds
 from h2mv_dist.io.ledger import Ledger, gaps
 from h2mv_dist.io.stores import Listing, displayed, exists, join, list_folder
 from h2mv_dist.jobs.messages import job_id, kind_of
 from h2mv_dist.jobs.records import FoldRecord, JobFolder
 from h2mv_dist.jobs.run_record import RunRecord, read_record
 from h2mv_dist.jobs.sweep import variants
-from h2mv_dist.jobs.training import chosen_folds
 
 _READERS: Final = 8
 _RUN: Final = ".run.json"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from distributed import Client
 
 from h2mv_dist.config import Settings, StorageOptions, shared_place, to_json
-from h2mv_dist.errors import ConfigError, DataError, JobError, describe
-from h2mv_dist.io.folds import make_folds
+from h2mv_dist.errors import DataError, describe
+from h2mv_dist.io.folds import chosen_folds, make_folds
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import displayed
-from h2mv_dist.jobs.cluster import require_workers, scheduler_address
+from h2mv_dist.jobs.cluster import require_workers
 from h2mv_dist.jobs.handle import JobHandle, submit
-from h2mv_dist.jobs.messages import Job, Unit, is_id, job_id
+from h2mv_dist.jobs.messages import Job, Unit, job_id
 from h2mv_dist.jobs.reach import require_shared
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.sweep import Variant, variants
@@ -159,49 +159,6 @@ def submit_training(client: Client, settings: Settings, folder: str, options: St
     return start_training(client, plan_training(settings, folder, options))
 
 
-def cancel_jobs(client: Client, url: str) -> tuple[str, ...]:
-    """Stop what runs for a job folder, or to fill a cube, a copy or a prepared store; returns their ids.
-
-    Args:
-        client: connected to the scheduler that runs it.
-        url: the place, or the id of one job.
-
-    Raises:
-        JobError: nothing does.
-    """
-    kinds = ("train", "infer", "prepare", "compact")
-    names = (url,) if is_id(url) else tuple(job_id(kind, shared_place(url)) for kind in kinds)
-    cancelled = tuple(name for name in names if JobHandle(name, client).cancel())
-    if not cancelled:
-        raise JobError(
-            describe(
-                "no such job is running",
-                where=scheduler_address(client),
-                expected=f"a job with the folder, cube or prepared store {displayed(url)}",
-                actual="none; it is finished, or was never submitted to this scheduler",
-                fix="give the URL that was given to --job, --cube, --to or as TARGET, and the address of its "
-                "scheduler",
-            )
-        )
-    return cancelled
-
-
 def _run(variant: Variant, folder: JobFolder, folds: tuple[int, ...]) -> Run:
     folder.require_same_job(variant.settings)
     return Run(variant, folder, {fold: state.attempt for fold, state in folder.states(folds).items()})
-
-
-def chosen_folds(settings: Settings) -> tuple[int, ...]:
-    """The folds to train.
-
-    Raises:
-        ConfigError: a fold that the settings do not define.
-    """
-    count = settings.folds.count
-    folds = settings.training.folds if settings.training.folds is not None else tuple(range(count))
-    unknown = [fold for fold in folds if not 0 <= fold < count]
-    if unknown or not folds:
-        raise ConfigError(
-            f"training.folds = {list(folds)}: expected fold numbers from 0 to {count - 1}, at least one"
-        )
-    return folds

@@ -76,3 +76,12 @@ def test_every_module_is_imported_with_the_declared_distributions_alone(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == sum(1 for _ in SOURCE.rglob("*.py")) - 1
+
+
+def test_who_computes_nothing_imports_no_torch() -> None:
+    watch, supervise, prepare = "h2mv_dist.notebook", "h2mv_dist.jobs.supervisor", "h2mv_dist.jobs.prepare"
+    code = (
+        f"import sys, {watch}, {supervise}, {prepare}; print('xarray' in sys.modules, 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "False"]

@@ -17,11 +17,11 @@ from h2mv_dist.display import _line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages
 from h2mv_dist.jobs.cluster import scheduler_address
-from h2mv_dist.jobs.handle import JobHandle, submit
+from h2mv_dist.jobs.handle import JobHandle, cancel_jobs, submit
 from h2mv_dist.jobs.messages import Job, RankError, Unit, job_id
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import TOPIC, cancellation_check
-from h2mv_dist.jobs.training import cancel_jobs, submit_training
+from h2mv_dist.jobs.training import submit_training
 from tests.faults.conftest import settings_file
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
