@@ -31,6 +31,18 @@ def test_an_unknown_setting_names_the_nearest_one(tmp_path: Path) -> None:
     assert not (tmp_path / "job").exists()
 
 
+def test_settings_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[data]\nurl = "nowhere"\n[training]\nepoch = 3\n')
+    code = "import sys; sys.modules['torch'] = None; from h2mv_dist.cli import main; main()"
+    for command in (["train"], ["infer", "--cube", "cube.zarr"]):
+        arguments = [*command, str(file), "--job", str(tmp_path / "job")]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        )
+        assert "training.epoch: unknown setting" in done.stderr, command
+
+
 def test_an_address_goes_with_its_kind(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('[data]\nurl = "nowhere"\n[cluster]\nkind = "address"\n')

@@ -97,7 +97,7 @@ class Place(NamedTuple):
         rank: 0 ... world - 1.
         world: number of ranks.
         attempt: 1 for the first.
-        rendezvous: (host, port) where the ranks meet, if they do.
+        rendezvous: (host, port) where the ranks meet, if there are several and they do.
         history: why the attempt before this one ended, and which slots are not used any more.
     """
 

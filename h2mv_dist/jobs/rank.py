@@ -38,7 +38,8 @@ def main() -> None:
     threading.Thread(target=_pulse, args=[emit], daemon=True).start()
     try:
         with loading():
-            import torch._dynamo  # noqa: F401, which optimizers import, too
+            # optimizers and DDP do, too
+            import torch._dynamo  # noqa: F401
 
             from h2mv_dist.jobs.trainer import train_rank
 

@@ -39,6 +39,7 @@ from h2mv_dist.jobs.probe import cell_days_a_second
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import Checkpoint, code_versions, model_tensors, new_model
+from h2mv_dist.model.days import telling_more
 from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import chosen_targets, model_kind
 from h2mv_dist.model.rollout import warm_up
@@ -196,7 +197,8 @@ def train_rank(
         # cells may take long to reach a device
         with beating(emit):
             run = FoldRun(settings, staged, fold, scaler, way, ranks, record, writer, store, emit, leave)
-        return run.train(message["submitted"])
+        with telling_more():
+            return run.train(message["submitted"])
 
 
 def _staged(settings: Settings, key: str, options: StorageOptions) -> StagedCells:
@@ -247,8 +249,9 @@ def meet(place: Place) -> dist.Store:
     Raises:
         RankError: it cannot be reached from here.
     """
-    if place.rendezvous is None:
+    if place.world == 1:
         return dist.HashStore()
+    assert place.rendezvous is not None, "several ranks always have a place to meet"
     host, port = place.rendezvous
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=REACH_TIMEOUT)

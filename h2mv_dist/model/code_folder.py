@@ -8,6 +8,7 @@ import grp
 import os
 import pwd
 import re
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -52,6 +53,19 @@ def no_folder_because() -> str:
     except OSError as error:
         return f"{_folders()[0]} cannot be used: {error.strerror}; {INSTEAD}"
     return next(filter(None, problems), "")
+
+
+def keeps_headers() -> bool:
+    """Whether torch can compile headers once and keep them, safely.
+
+    It does that where it usually keeps code, whatever ``VARIABLE`` says, and with a command of the system.
+    """
+    folder = Path(_usual_folder())
+    try:
+        folder.mkdir(PRIVATE, parents=True, exist_ok=True)
+        return not _foreign_because(folder) and shutil.which("openssl") is not None
+    except OSError:
+        return False
 
 
 def _folders() -> tuple[Path, Path]:

@@ -28,7 +28,14 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from h2mv_dist.model.code_folder import INSTEAD, PRIVATE, VARIABLE, code_folder, no_folder_because
+from h2mv_dist.model.code_folder import (
+    INSTEAD,
+    PRIVATE,
+    VARIABLE,
+    code_folder,
+    keeps_headers,
+    no_folder_because,
+)
 
 BLOCK_DAYS: Final = 8
 """Days of a block: more take longer to compile, fewer more calls."""
@@ -38,6 +45,10 @@ MOST_CELLS: Final = 2**20
 KINDS: Final = 1024
 """Most versions of a block in a process: lengths, outputs, sizes of models, with gradients and without."""
 LOCK_SECONDS: Final = 600.0
+NOT_WHY: Final = (
+    "compiled days tell where they failed, not why: if there was memory left, a new job with "
+    'code_path = "eager" runs the same days as written, which say more'
+)
 LANGUAGE: Final = ("-std=c++20", "-x", "c++")
 
 State = tuple[Tensor, ...]
@@ -192,7 +203,19 @@ class CompiledBlock:
         else:
             for tensor in (*prepared.cells, forcing, *state):
                 torch._dynamo.mark_dynamic(tensor, tensor.dim() - 1, min=LANES, max=MOST_CELLS)
-        return _compiled(self.block, forcing.device.type)(prepared, forcing, state, names)
+        with telling_more():
+            return _compiled(self.block, forcing.device.type)(prepared, forcing, state, names)
+
+
+@contextmanager
+def telling_more() -> Iterator[None]:
+    """Have an error of compiled days say how to find its cause: their C++ code says where it was only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "API call failed" in str(error) and not hasattr(error, "__notes__"):
+            error.add_note(NOT_WHY)
+        raise
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -205,6 +228,8 @@ def _compiled(block: DayBlock, device_type: str) -> DayBlock:
     """One compiled function a block, type of device and process."""
     import torch._functorch.config
 
+    from h2mv_dist.model.lstm import no_operator_because
+
     # torch, too, runs what it finds there
     os.environ[VARIABLE] = str(code_folder().parent)
     # its workers would stay, and take the memory of what they import
@@ -216,9 +241,11 @@ def _compiled(block: DayBlock, device_type: str) -> DayBlock:
     guards = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
     # that operators return what they promise is for tests to say
     checks = {"size_asserts": False, "alignment_asserts": False}
-    # C++ for what calls one kernel after the other, too: meanwhile other threads of Python go on
-    calls = {"cpp_wrapper": device_type == "cpu"}
-    options: dict[str, Any] = {**guards, **checks, **calls}
+    # what calls one kernel after the other is C++, too, so that Python's other threads go on meanwhile; that
+    # takes torch's headers, as the operator does
+    calls = {"cpp_wrapper": device_type == "cpu" and not no_operator_because()}
+    headers = {"cpp_cache_precompile_headers": keeps_headers()}
+    options: dict[str, Any] = {**guards, **checks, **calls, **headers}
     return torch.compile(block, fullgraph=True, dynamic=False, options=options)
 
 

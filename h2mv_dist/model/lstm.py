@@ -67,7 +67,7 @@ def packed(weights: Tensor, heads: Tensor) -> Packed | None:
     """
     n_gates, n_inputs = weights.shape
     made_for = weights.device.type == "cpu" and weights.dtype == torch.float32 and n_gates % (4 * PANEL) == 0
-    if not made_for or _obstacle():
+    if not made_for or no_operator_because():
         return None
     by_unit = weights.detach().view(4, n_gates // 4, n_inputs).permute(1, 2, 0).contiguous()
     return Packed(
@@ -181,7 +181,7 @@ torch.library.register_fake("h2mv_dist::lstm_backward", _backward_results, lib=_
 
 
 @cache
-def _obstacle() -> str:
+def no_operator_because() -> str:
     """Why there is no code for the operator, which is loaded once; empty if there is."""
     try:
         _load()

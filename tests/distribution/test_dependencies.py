@@ -79,9 +79,16 @@ def test_every_module_is_imported_with_the_declared_distributions_alone(tmp_path
 
 
 def test_who_computes_nothing_imports_no_torch() -> None:
-    watch, supervise, prepare = "h2mv_dist.notebook", "h2mv_dist.jobs.supervisor", "h2mv_dist.jobs.prepare"
-    code = (
-        f"import sys, {watch}, {supervise}, {prepare}; print('xarray' in sys.modules, 'torch' in sys.modules)"
+    watching = ("cli_jobs", "notebook", "jobs.recorded")
+    supervising = (
+        "jobs.preload",
+        "jobs.tasks",
+        "jobs.supervisor",
+        "jobs.summary",
+        "jobs.prepare",
+        "jobs.compact",
     )
+    modules = ", ".join(f"h2mv_dist.{name}" for name in (*watching, *supervising))
+    code = f"import sys, {modules}; print('xarray' in sys.modules, 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["True", "False"]

@@ -1,5 +1,6 @@
 """Asked to leave, a rank makes a checkpoint wherever it is; what comes of it is the same to the bit."""
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_leaving_during_validation_keeps_the_epoch(
 ) -> None:
     whole, parts = (JobFolder(str(tmp_path / name), NO_OPTIONS).fold(0) for name in ("whole", "parts"))
     first = Attempt(settings, staged, whole, alone, 1)
+    gc.unfreeze()
     assert first.run.train(0.0) is not None
+    assert gc.get_freeze_count() > 0, "what is loaded is set apart before the first step"
     steps = -(-len(first.run.fold.cells("train")) // 4)
     assert first.asked > steps, "it was asked before each batch of the validation"
 

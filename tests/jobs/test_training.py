@@ -15,7 +15,7 @@ from h2mv_dist.cli import app
 from h2mv_dist.config import validate
 from h2mv_dist.display import _line
 from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
-from h2mv_dist.jobs import messages
+from h2mv_dist.jobs import messages, tasks
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, cancel_jobs, submit
 from h2mv_dist.jobs.messages import Job, RankError, Unit, job_id
@@ -98,13 +98,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
 
 @pytest.mark.slow
 def test_the_number_of_ranks_changes_nothing_but_rounding(
-    client: Client, world_url: str, cache: Path, tmp_path: Path
+    client: Client, world_url: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = []
-    for ranks in (1, 2):
+    meeting, losses = tasks.open_rendezvous, []
+    for ranks, meet in ((1, _nobody_meets), (2, meeting)):
+        # of the scheduler, which runs here
+        monkeypatch.setattr(tasks, "open_rendezvous", meet)
         fold = train(client, world_url, cache, tmp_path / str(ranks), epochs=2, ranks=ranks).fold(0)
         losses.append([m["valid_loss"] for m in fold.metrics()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _nobody_meets(*_: object) -> None:
+    raise AssertionError("a rank alone has nobody to meet")
 
 
 def test_more_ranks_than_workers_are_refused(

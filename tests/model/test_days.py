@@ -22,7 +22,7 @@ from torch.nn import functional
 from h2mv_dist.model import days
 from h2mv_dist.model.base import Batch, Result
 from h2mv_dist.model.code_folder import code_folder
-from h2mv_dist.model.days import Prepared, State, day_blocks, no_compiler_because
+from h2mv_dist.model.days import CompiledBlock, Prepared, State, day_blocks, no_compiler_because
 from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import h2mv_loss
@@ -113,6 +113,32 @@ def test_nothing_is_compiled_for_other_lengths_and_numbers_of_cells() -> None:
             with torch.no_grad():
                 batch = builders.batch(n_cells=n_cells, n_days=11)
                 model(batch, model.initial_state(n_cells), KEPT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
+def test_an_error_of_compiled_days_says_how_to_find_its_cause() -> None:
+    model, batch = compiled_model(), builders.batch(n_cells=CELLS + 1, n_days=days.BLOCK_DAYS)
+    with torch.no_grad():
+        prepared = model.prepare(batch.static.T)
+        state = tuple(
+            part.mT.contiguous() if part.dim() > 1 else part for part in model.initial_state(batch.n_cells)
+        )
+        forcing = batch.forcing.permute(1, 2, 0).contiguous()
+        with pytest.raises(RuntimeError, match="lstm_forward") as failed:
+            CompiledBlock(model.day_block)(prepared, forcing, state, tuple(sorted(KEPT)))
+    assert failed.value.__notes__ == [days.NOT_WHY]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
+def test_compiled_days_call_each_other_without_python() -> None:
+    made = [path.read_text() for path in code_folder().parent.rglob("*.cpp")]
+    calling = [source for source in made if "h2mv_dist::lstm_" in source]
+    assert calling, "compiled blocks call the operator"
+    for source in calling:
+        assert "gil_scoped_release" in source
+        assert "gil_scoped_acquire" not in source.split("inductor_entry_impl", 1)[1]
 
 
 @pytest.fixture

@@ -180,11 +180,11 @@ def test_without_a_compiler_that_can_there_is_a_warning_and_no_operator(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "false")
-    lstm._obstacle.cache_clear()
+    lstm.no_operator_because.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert lstm.packed(*arrays(8, 1, 1, 16)[:2]) is None
     assert "without the operator of lstm.cpp: false failed with status 1" in caplog.text
-    lstm._obstacle.cache_clear()
+    lstm.no_operator_because.cache_clear()
 
 
 @pytest.mark.slow
