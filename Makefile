@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# on two cores three files of tests at a time: many of them wait, and fixtures of a file are made once
-SIDE_BY_SIDE := --numprocesses 3 --dist loadfile
+# on two cores two files of tests at a time: three are no faster, and slow down what each of them waits for
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all faults slurm lint docs notebooks bench bench-io clean
 .DELETE_ON_ERROR:
@@ -43,7 +43,7 @@ test: lint
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: test docs
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=30 --timeout=600 -m slow
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=30 --timeout=900 -m slow
 
 # the documentation, in build/site; a warning is an error
 docs: $(READY)

@@ -151,7 +151,8 @@ def start_cluster(settings: ClusterSettings) -> Iterator[Any]:
     with ExitStack() as stack:
         loop = stack.enter_context(_event_loop())
         try:
-            started = stack.enter_context(_new_cluster(kind, settings, host, security, loop))
+            cluster = _new_cluster(kind, settings, host, security, loop)
+            started = stack.enter_context(_ended_at_last(cluster))
         except (OSError, RuntimeError, ValueError) as error:
             raise JobError(
                 describe(
@@ -163,6 +164,22 @@ def start_cluster(settings: ClusterSettings) -> Iterator[Any]:
                 )
             ) from error
         yield started
+
+
+@contextmanager
+def _ended_at_last(cluster: AbstractContextManager[Any]) -> Iterator[Any]:
+    """The cluster; that its end took long says nothing of the work that was done on it.
+
+    On a host that is busy, workers may not be gone when Dask, which has killed them by then, stops waiting.
+    """
+    started = cluster.__enter__()
+    try:
+        yield started
+    finally:
+        try:
+            cluster.__exit__(None, None, None)
+        except TimeoutError:
+            _log.warning("workers took too long to end, and were killed")
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from h2mv_dist.errors import JobError
 from h2mv_dist.jobs import cluster, slurm, tasks
 from h2mv_dist.jobs.cluster import (
     LOOPBACK,
+    _ended_at_last,
     chosen_kind,
     connect,
     for_work,
@@ -575,3 +576,17 @@ def test_cluster_start_refuses_gpus_where_there_are_none(tmp_path: Path) -> None
     output = (tmp_path / "log").read_text()
     assert "there is no GPU to use" in output
     assert "Traceback" not in output
+
+
+def test_that_workers_take_long_to_end_is_no_failure_of_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    @contextmanager
+    def busy_host() -> Iterator[str]:
+        yield "cluster"
+        raise TimeoutError
+
+    with pytest.raises(SystemExit) as left, _ended_at_last(busy_host()) as cluster:
+        raise SystemExit(cluster)
+    assert left.value.code == "cluster"
+    with _ended_at_last(busy_host()):
+        pass
+    assert caplog.text.count("took too long to end") == 2
