@@ -132,7 +132,7 @@ def test_an_error_of_compiled_days_says_how_to_find_its_cause() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm")
-def test_compiled_days_call_each_other_without_python() -> None:
+def test_compiled_days_call_kernels_and_operators_without_python() -> None:
     made = [path.read_text() for path in code_folder().parent.rglob("*.cpp")]
     calling = [source for source in made if "h2mv_dist::lstm_" in source]
     assert calling, "compiled blocks call the operator"
