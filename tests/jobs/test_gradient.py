@@ -1,12 +1,9 @@
 """Pieces, truncation, ranks and steps that are skipped: what all ranks do equals one plain computation."""
 
-import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +34,10 @@ from h2mv_dist.model.h2mv import H2MV
 from h2mv_dist.model.loss import LossSum, StepError
 from h2mv_dist.model.registry import h2mv_loss
 from h2mv_dist.model.rollout import spin_up, warm_up
+from tests.jobs.ranks import CPU, joined, on_ranks
 from tests.model import builders
 
-CPU = torch.device("cpu")
 SPINUP = 10
-LIMIT_SECONDS = 500
-"""Only ends what hangs."""
 WIDTH = 4
 """Cells that compiled batches are filled up to."""
 Arrays = dict[str, NDArray[Any]]
@@ -52,36 +47,6 @@ NEEDS_COMPILER = (
         bool(no_compiler_because()) and not os.environ.get("CI"), reason=no_compiler_because()
     ),
 )
-
-
-# -------------------- real ranks
-
-
-@contextmanager
-def joined(rank: int, world: int, folder: Path) -> Iterator[Ranks]:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"meet-{world}"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT_SECONDS)
-    )
-    yield Ranks(rank, world, CPU)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_ranks(target: Callable[[int, int, Path], object], world: int, folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, world, folder)) for rank in range(world)]
-    end = time.monotonic() + LIMIT_SECONDS
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0.0))
-            assert process.exitcode == 0
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def compile_short_blocks(*reads: frozenset[str]) -> None:

@@ -1,15 +1,12 @@
 """One step over two real gloo ranks equals one step over one."""
 
 import json
-import multiprocessing
-from datetime import timedelta
 from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -17,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from h2mv_dist.config import TrainingSettings
 from h2mv_dist.jobs.gradient import global_loss
-from h2mv_dist.jobs.trainer import Progress, Ranks, epoch_batches
+from h2mv_dist.jobs.trainer import Progress, epoch_batches
 from h2mv_dist.model.base import Batch, Target
 from h2mv_dist.model.registry import h2mv_loss
+from tests.jobs.ranks import joined, on_ranks
 from tests.model import builders
 
 N_CELLS = 7
@@ -39,31 +37,19 @@ def share(batch: Batch, cells: torch.Tensor) -> Batch:
     return Batch(batch.forcing[cells], batch.static[cells], targets)
 
 
-def gradients_of_a_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{world}", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    ranks = Ranks(rank, world, torch.device("cpu"))
-    cells = torch.from_numpy(ranks.share(np.arange(N_CELLS)))
-    model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
-    loss = h2mv_loss(builders.scaler())
-    value, _ = global_loss(model, loss, share(whole_batch(), cells), 20, ranks.all_reduce)
-    torch.autograd.backward(value.total * world)
-    gradients = {n: p.grad.numpy() for n, p in model.module.named_parameters() if p.grad is not None}
-    np.savez(f"{folder}/{world}-{rank}.npz", loss=value.total.item(), **gradients)
-    dist.destroy_process_group()
+def gradients_of_a_rank(rank: int, world: int, folder: Path) -> None:
+    with joined(rank, world, folder) as ranks:
+        cells = torch.from_numpy(ranks.share(np.arange(N_CELLS)))
+        model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
+        loss = h2mv_loss(builders.scaler())
+        value, _ = global_loss(model, loss, share(whole_batch(), cells), 20, ranks.all_reduce)
+        torch.autograd.backward(value.total * world)
+        gradients = {n: p.grad.numpy() for n, p in model.module.named_parameters() if p.grad is not None}
+        np.savez(folder / f"{world}-{rank}.npz", loss=value.total.item(), **gradients)
 
 
 def run_ranks(world: int, folder: Path) -> list[dict[str, NDArray[np.float32]]]:
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=gradients_of_a_rank, args=(rank, world, str(folder))) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    on_ranks(gradients_of_a_rank, world, folder)
     return [dict(np.load(folder / f"{world}-{rank}.npz")) for rank in range(world)]
 
 
