@@ -19,7 +19,7 @@ from tests.faults.processes import DaskProcesses
 from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import program
 
-PERIOD = "2001-01-01..2001-04-01"
+PERIOD = "2001-01-01..2001-02-10"
 REFERENCE_FOLDS = (0, 1)
 
 NewSettings = Callable[..., Settings]
@@ -27,7 +27,7 @@ NewSettings = Callable[..., Settings]
 
 @pytest.fixture(scope="session")
 def world_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """141 land cells, one year, of which jobs use the first three months."""
+    """141 land cells, one year, of which jobs use the first forty days."""
     url = str(tmp_path_factory.mktemp("world") / "world.zarr")
     make_world(url, resolution=10.0, years=1, seed=3, options=NO_OPTIONS)
     return url

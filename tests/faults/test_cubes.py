@@ -31,7 +31,7 @@ from tests.conftest import ProxiedS3, S3Server, free_port, storage_options
 from tests.fault_proxy import FaultProxy
 from tests.faults.conftest import settings_file
 from tests.faults.processes import DaskProcesses, is_alive, send
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, small_settings, training_settings
 from tests.jobs.processes import program, wait_until
 from tests.seaweed import READERS_KEY, server_command, wait_for_server
 
@@ -67,7 +67,7 @@ def trained(
 ) -> str:
     """A job folder with two folds."""
     folder = str(tmp_path_factory.mktemp("trained"))
-    settings = small_settings(world_url, cache, training={"folds": [0, 1]})
+    settings = training_settings(world_url, cache, training={"folds": [0, 1]})
     with steady.client() as client:
         submit_training(client, settings, folder, NO_OPTIONS).wait()
     return folder

@@ -14,6 +14,7 @@ from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import make_world
 
 NO_OPTIONS = StorageOptions()
+TRAINED_DAYS = "2001-01-01..2001-03-01"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,9 +47,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two trained folds."""
     folder = str(tmp_path_factory.mktemp("job"))
-    settings = small_settings(world_url, cache, training={"folds": [0, 1]})
+    settings = training_settings(world_url, cache, training={"folds": [0, 1]})
     submit_training(client, settings, folder, NO_OPTIONS).wait()
     return folder
+
+
+def training_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> Settings:
+    """As :func:`small_settings`, of two months: jobs take most of their time to step."""
+    return small_settings(world_url, cache, **{"data": {"period": TRAINED_DAYS}, **sections})
 
 
 def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> Settings:

@@ -48,7 +48,7 @@ from h2mv_dist.jobs.cluster import (
 )
 from h2mv_dist.jobs.handle import JobHandle, submit
 from h2mv_dist.jobs.messages import Job, Unit, job_id
-from tests.jobs.conftest import small_settings
+from tests.jobs.conftest import training_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
@@ -504,7 +504,7 @@ def test_a_training_waits_until_slurm_had_room_for_its_ranks(
     # Dask's clusters change the levels of handlers that are there, pytest's included
     told: SimpleQueue[logging.LogRecord] = SimpleQueue()
     handler, log = QueueHandler(told), logging.getLogger(cluster.__name__)
-    settings = to_json(small_settings(world_url, cache, training={"ranks": 2, "epochs": 1}))
+    settings = to_json(training_settings(world_url, cache, training={"ranks": 2, "epochs": 1}))
     with ThreadPoolExecutor(1) as pool:
         try:
             client = hd.connect(settings={"cluster": two_jobs(crowded).model_dump(exclude_unset=True)})

@@ -12,7 +12,7 @@ from h2mv_dist.io.cache import is_staged
 from h2mv_dist.jobs.export import metrics_table, to_tensorboard
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import plan_training, submit_training
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, training_settings
 
 pytestmark = [pytest.mark.slow]
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow]
 def swept(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
     """Two learning rates with two seeds each, one fold, two epochs."""
     folder = str(tmp_path_factory.mktemp("sweep"))
-    settings = small_settings(world_url, cache, sweep={"values": {"lr": [0.005, 0.02]}, "seeds": 2})
+    settings = training_settings(world_url, cache, sweep={"values": {"lr": [0.005, 0.02]}, "seeds": 2})
     submit_training(client, settings, folder, NO_OPTIONS).wait()
     return JobFolder(folder, NO_OPTIONS)
 

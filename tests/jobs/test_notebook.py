@@ -20,7 +20,7 @@ from h2mv_dist.jobs.page import page_of
 from h2mv_dist.jobs.progress import progress_of
 from h2mv_dist.jobs.run_record import RunRecord
 from h2mv_dist.notebook import Job
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, small_settings, training_settings
 from tests.jobs.processes import wait_until
 
 
@@ -33,14 +33,14 @@ def connected(client: Client) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def trained(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     hd.connect(client)
-    settings = to_json(small_settings(world_url, cache, training={"folds": [0, 1], "ranks": 2}))
+    settings = to_json(training_settings(world_url, cache, training={"folds": [0, 1], "ranks": 2}))
     return hd.train(settings, str(tmp_path_factory.mktemp("notebook") / "job")).wait(progress=False)
 
 
 @pytest.fixture
 def endless(client: Client, world_url: str, cache: Path, tmp_path: Path) -> Iterator[Job]:
     """A job that runs until it is cancelled."""
-    settings = to_json(small_settings(world_url, cache))
+    settings = to_json(training_settings(world_url, cache))
     job = hd.train(settings, str(tmp_path / "endless"), ["training.epochs=10000", "training.patience=10000"])
     wait_until(lambda: progress_of(job.status()).done > 0, "an epoch")
     yield job
@@ -82,7 +82,7 @@ def test_logs_are_those_of_each_rank(trained: Job) -> None:
 def test_any_cluster_of_dask_will_do(world_url: str, cache: Path, tmp_path: Path) -> None:
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
         assert scheduler_address(hd.connect(cluster)) == cluster.scheduler_address
-        settings = to_json(small_settings(world_url, cache))
+        settings = to_json(training_settings(world_url, cache))
         assert hd.train(settings, str(tmp_path / "job")).wait(progress=False).state == "done"
         hd.disconnect()
         assert cluster.status.name == "running", "it is not ours to close"
@@ -161,7 +161,7 @@ def test_cancel_frees_the_workers_and_is_remembered(endless: Job, client: Client
 def test_another_process_finds_a_job_whose_own_process_was_killed(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
-    settings = to_json(small_settings(world_url, cache))
+    settings = to_json(training_settings(world_url, cache))
     folder = str(tmp_path / "left")
     script = (
         "import h2mv_dist as hd, sys, time\n"
@@ -183,7 +183,7 @@ def test_another_process_finds_a_job_whose_own_process_was_killed(
 def test_a_failed_fold_says_its_own_error_first_and_short(
     world_url: str, cache: Path, tmp_path: Path
 ) -> None:
-    settings = to_json(small_settings(world_url, cache, training={"attempts": 1}))
+    settings = to_json(training_settings(world_url, cache, training={"attempts": 1}))
     folder = tmp_path / "job"
     damaged = folder / "folds" / "00" / "decisions.json"
     damaged.parent.mkdir(parents=True)

@@ -21,7 +21,7 @@ from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.training import submit_training
 from tests.conftest import Place as StorePlace
 from tests.conftest import free_port
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, training_settings
 from tests.jobs.processes import wait_until
 
 
@@ -45,7 +45,7 @@ def test_ranks_look_for_the_token_also_in_a_sweep(
 ) -> None:
     """As if every worker had joined later, on a host where the same path is another folder."""
     monkeypatch.setattr(training, "require_shared", lambda *_: "of another folder")
-    settings = small_settings(world_url, cache, sweep={"seeds": 2})
+    settings = training_settings(world_url, cache, sweep={"seeds": 2})
     with pytest.raises(JobError, match="2 of 3 units") as failed:
         submit_training(client, settings, folder.url, NO_OPTIONS).wait()
     for run in ("seed=0", "seed=1"):

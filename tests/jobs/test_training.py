@@ -23,12 +23,12 @@ from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import TOPIC, cancellation_check
 from h2mv_dist.jobs.training import submit_training
 from tests.faults.conftest import settings_file
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, training_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
 def train(client: Client, world_url: str, cache: Path, folder: Path, **training: object) -> JobFolder:
-    settings = small_settings(world_url, cache, training=training)
+    settings = training_settings(world_url, cache, training=training)
     submit_training(client, settings, str(folder), NO_OPTIONS).wait()
     return JobFolder(str(folder), NO_OPTIONS)
 
@@ -36,7 +36,7 @@ def train(client: Client, world_url: str, cache: Path, folder: Path, **training:
 def test_folds_train_side_by_side_on_whole_gangs(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(world_url, cache, training={"folds": [0, 1, 2], "ranks": 2, "epochs": 3})
+    settings = training_settings(world_url, cache, training={"folds": [0, 1, 2], "ranks": 2, "epochs": 3})
     handle = submit_training(client, settings, str(tmp_path), NO_OPTIONS)
     leases: list[list[list[str]]] = []
 
@@ -132,7 +132,7 @@ def test_a_job_folder_keeps_its_numbers(client: Client, world_url: str, cache: P
 def test_an_unknown_model_or_fold_is_refused(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(world_url, cache, model={"name": "h2mw"})
+    settings = training_settings(world_url, cache, model={"name": "h2mw"})
     with pytest.raises(ConfigError, match=r"unknown model 'h2mw'(.|\n)*h2mv"):
         submit_training(client, settings, str(tmp_path / "job"), NO_OPTIONS)
     with pytest.raises(ConfigError, match="from 0 to 9"):
@@ -161,7 +161,9 @@ def test_a_damaged_checkpoint_fails_the_fold_with_its_own_message(
 
 @pytest.mark.slow
 def test_cancel_frees_the_workers(client: Client, world_url: str, cache: Path, tmp_path: Path) -> None:
-    settings = small_settings(world_url, cache, training={"ranks": 4, "epochs": 10_000, "patience": 10_000})
+    settings = training_settings(
+        world_url, cache, training={"ranks": 4, "epochs": 10_000, "patience": 10_000}
+    )
     handle = submit_training(client, settings, str(tmp_path / "long"), NO_OPTIONS)
     _wait_for_an_epoch(handle)
     handle.cancel()
@@ -180,7 +182,7 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
     in_the_way = tmp_path / "folds" / "00" / "attempts"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("not a folder")
-    settings = small_settings(world_url, cache, training={"epochs": 1, "ranks": 2, "attempts": 2})
+    settings = training_settings(world_url, cache, training={"epochs": 1, "ranks": 2, "attempts": 2})
     handle = submit_training(client, settings, str(tmp_path), NO_OPTIONS)
     paused: list[Mapping[str, Any]] = []
 
@@ -203,7 +205,7 @@ def test_a_store_that_fails_is_tried_again_after_a_pause(
 def test_the_same_command_watches_a_running_job_and_another_one_cancels_it(
     client: Client, world_url: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = small_settings(world_url, cache, training={"epochs": 10_000, "patience": 10_000})
+    settings = training_settings(world_url, cache, training={"epochs": 10_000, "patience": 10_000})
     url, log = str(tmp_path / "job"), tmp_path / "log"
     address = ("--address", scheduler_address(client))
     handle = submit_training(client, settings, url, NO_OPTIONS)

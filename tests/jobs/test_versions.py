@@ -14,7 +14,7 @@ from h2mv_dist.errors import JobError
 from h2mv_dist.jobs.cluster import LOOPBACK, connect, install, scheduler_address
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.versions import require_same_versions
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, training_settings
 from tests.jobs.processes import START_SECONDS, process
 
 
@@ -68,7 +68,7 @@ def test_other_libraries_are_one_warning(
 def test_another_version_of_ours_is_refused_before_anything_is_written(
     own: Client, tmp_path: Path, world_url: str
 ) -> None:
-    settings = small_settings(world_url, tmp_path / "cache")
+    settings = training_settings(world_url, tmp_path / "cache")
     with another_worker(own, tmp_path / "other", h2mv_dist="99.1"), pytest.raises(JobError) as refused:
         submit_training(own, settings, str(tmp_path / "job"), NO_OPTIONS)
     for text in ("not everybody runs the same h2mv-dist", "99.1", "in the environment of the client"):

@@ -14,7 +14,7 @@ from h2mv_dist.config import ClusterSettings, TlsSettings
 from h2mv_dist.jobs.cluster import LOOPBACK, connect, scheduler_address, workers_of
 from h2mv_dist.jobs.preemption import RANK_MODULE
 from h2mv_dist.jobs.training import submit_training
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, training_settings
 
 
 def listeners() -> dict[str, set[str]]:
@@ -36,7 +36,7 @@ def listeners() -> dict[str, set[str]]:
 def test_a_gang_listens_on_the_interface_of_its_workers(
     client: Client, world_url: str, cache: Path, tmp_path: Path
 ) -> None:
-    settings = small_settings(world_url, cache, training={"ranks": 2, "epochs": 6})
+    settings = training_settings(world_url, cache, training={"ranks": 2, "epochs": 6})
     handle = submit_training(client, settings, str(tmp_path / "job"), NO_OPTIONS)
     seen: dict[str, set[str]] = {}
     while not handle.status()["finished"]:
@@ -65,6 +65,6 @@ def test_a_gang_trains_over_tls(world_url: str, cache: Path, tmp_path: Path) -> 
     with connect(ClusterSettings(kind="local", workers=2, tls=tls)) as client:
         assert scheduler_address(client).startswith("tls://")
         assert all(address.startswith("tls://") for address in workers_of(client))
-        settings = small_settings(world_url, cache, training={"ranks": 2})
+        settings = training_settings(world_url, cache, training={"ranks": 2})
         status = submit_training(client, settings, str(tmp_path / "job"), NO_OPTIONS).wait()
     assert {unit["state"] for unit in status["units"]} == {"done"}
