@@ -171,7 +171,6 @@ def plain(case: Case, model: ProcessModel) -> Arrays:
     params=[
         pytest.param((1, False), id="1 rank"),
         pytest.param((2, False), id="2 ranks"),
-        pytest.param((3, False), id="3 ranks", marks=pytest.mark.slow),
         pytest.param((3, True), id="3 ranks, compiled", marks=NEEDS_COMPILER),
     ],
 )

@@ -1,67 +1,15 @@
-"""One step over two real gloo ranks equals one step over one."""
+"""What a rank keeps of its progress, and which batches it draws."""
 
 import json
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
-from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch.nn.parallel import DistributedDataParallel
 
 from h2mv_dist.config import TrainingSettings
-from h2mv_dist.jobs.gradient import global_loss
 from h2mv_dist.jobs.trainer import Progress, epoch_batches
-from h2mv_dist.model.base import Batch, Target
-from h2mv_dist.model.registry import h2mv_loss
-from tests.jobs.ranks import joined, on_ranks
-from tests.model import builders
-
-N_CELLS = 7
-
-
-def whole_batch() -> Batch:
-    """Seven cells of which one is never observed and the others with very different counts."""
-    batch = builders.batch(n_cells=N_CELLS, gaps=0.5)
-    for target in batch.targets.values():
-        target.values[5] = torch.nan
-        target.values[0, 2:] = torch.nan
-    return batch
-
-
-def share(batch: Batch, cells: torch.Tensor) -> Batch:
-    targets = {k: Target(t.values[cells], t.steps) for k, t in batch.targets.items()}
-    return Batch(batch.forcing[cells], batch.static[cells], targets)
-
-
-def gradients_of_a_rank(rank: int, world: int, folder: Path) -> None:
-    with joined(rank, world, folder) as ranks:
-        cells = torch.from_numpy(ranks.share(np.arange(N_CELLS)))
-        model = DistributedDataParallel(builders.model(), broadcast_buffers=False)
-        loss = h2mv_loss(builders.scaler())
-        value, _ = global_loss(model, loss, share(whole_batch(), cells), 20, ranks.all_reduce)
-        torch.autograd.backward(value.total * world)
-        gradients = {n: p.grad.numpy() for n, p in model.module.named_parameters() if p.grad is not None}
-        np.savez(folder / f"{world}-{rank}.npz", loss=value.total.item(), **gradients)
-
-
-def run_ranks(world: int, folder: Path) -> list[dict[str, NDArray[np.float32]]]:
-    on_ranks(gradients_of_a_rank, world, folder)
-    return [dict(np.load(folder / f"{world}-{rank}.npz")) for rank in range(world)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_have_the_gradient_of_one(world: int, tmp_path: Path) -> None:
-    (one,) = run_ranks(1, tmp_path)
-    several = run_ranks(world, tmp_path)
-    assert several[0].keys() == one.keys()
-    for name, expected in one.items():
-        for rank in several:
-            assert np.abs(rank[name] - expected).max() <= 1e-5 * np.abs(expected).max(), name
 
 
 def test_batches_cover_every_cell_once_and_depend_on_the_epoch() -> None:
