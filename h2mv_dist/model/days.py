@@ -192,7 +192,7 @@ class CompiledBlock:
 
     def __init__(self, block: DayBlock) -> None:
         self.block = block
-        self._opened: set[int] = set()
+        self._seen: set[tuple[Any, ...]] = set()
 
     def __call__(
         self, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
@@ -201,9 +201,9 @@ class CompiledBlock:
         forcing, state = _alone(forcing), tuple(map(_alone, state))
         if torch.is_grad_enabled():
             state = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in state)
-        elif len(forcing) not in self._opened:
-            # only whoever compiles looks for the marks, and to make them takes as long as a day
-            self._opened.add(len(forcing))
+        elif (kind := (len(forcing), *(part.stride() for part in state))) not in self._seen:
+            # only whoever compiles looks for the marks, and to make them takes a sixth of a day's time
+            self._seen.add(kind)
             for tensor in (*prepared.cells, forcing, *state):
                 torch._dynamo.mark_dynamic(tensor, tensor.dim() - 1, min=LANES, max=MOST_CELLS)
         with telling_more():
