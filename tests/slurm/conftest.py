@@ -73,7 +73,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     make_world(url, resolution=10.0, years=1, seed=3, options=NO_OPTIONS)
     training = {"ranks": 2, "epochs": EPOCHS, "spinup_days": 10}
     cache = tmp_path_factory.mktemp("cache")
-    days = {"shard_days": 30, "chunk_days": 30, "spinup_days": 30}
+    days = {"shard_days": 20, "chunk_days": 20, "spinup_days": 20}
     return small_settings(url, cache, data={"period": PERIOD}, training=training, inference={**LARGE, **days})
 
 
