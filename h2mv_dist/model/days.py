@@ -201,7 +201,7 @@ class CompiledBlock:
         forcing, state = _alone(forcing), tuple(map(_alone, state))
         if torch.is_grad_enabled():
             state = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in state)
-        elif (kind := (len(forcing), *(part.stride() for part in state))) not in self._seen:
+        elif (kind := (names, len(forcing), *(part.stride() for part in state))) not in self._seen:
             # only whoever compiles looks for the marks, and to make them takes a sixth of a day's time
             self._seen.add(kind)
             for tensor in (*prepared.cells, forcing, *state):

@@ -20,6 +20,7 @@ from tests.jobs.conftest import NO_OPTIONS, small_settings
 from tests.jobs.processes import program
 
 PERIOD = "2001-01-01..2001-02-10"
+"""Forty days: little to step through, and whole shards of the cube that tests/slurm fill."""
 REFERENCE_FOLDS = (0, 1)
 
 NewSettings = Callable[..., Settings]

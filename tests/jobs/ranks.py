@@ -24,6 +24,7 @@ Target = Callable[[int, int, Path], object]
 
 @contextmanager
 def joined(rank: int, world: int, folder: Path) -> Iterator[Ranks]:
+    """Within it, one of ``world`` ranks that have met in ``folder``; each computes with one thread."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"meet-{world}"), world)
     dist.init_process_group(
@@ -37,9 +38,7 @@ def joined(rank: int, world: int, folder: Path) -> Iterator[Ranks]:
 def on_ranks(target: Target, world: int, folder: Path) -> None:
     """Run ``target(rank, world, folder)`` on each of them."""
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_run, args=(target, rank, world, folder), daemon=True) for rank in range(world)
-    ]
+    processes = [context.Process(target=_run, args=(target, rank, world, folder)) for rank in range(world)]
     end = time.monotonic() + LIMIT_SECONDS
     for process in processes:
         process.start()
