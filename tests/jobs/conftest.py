@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import trustme
 from distributed import Client
 
-from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, validate
-from h2mv_dist.jobs.cluster import connect
+from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, TlsSettings, validate
+from h2mv_dist.errors import JobError
+from h2mv_dist.jobs.cluster import LOOPBACK, connect
+from h2mv_dist.jobs.handle import submit
+from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.training import submit_training
 from h2mv_dist.jobs.worlds import make_world
+from tests.jobs.processes import START_SECONDS
 
 NO_OPTIONS = StorageOptions()
 TRAINED_DAYS = "2001-01-01..2001-03-01"
@@ -44,12 +49,37 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsSettings:
+    """An authority's certificate, and one of ours with its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert(LOOPBACK)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    return TlsSettings(
+        **{
+            n: str(folder / f"{f}.pem")
+            for n, f in zip(("ca_file", "cert", "key"), ("ca", "cert", "key"), strict=True)
+        }
+    )
+
+
+@pytest.fixture(scope="session")
 def job(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two trained folds."""
     folder = str(tmp_path_factory.mktemp("job"))
     settings = training_settings(world_url, cache, training={"folds": [0, 1]})
     submit_training(client, settings, folder, NO_OPTIONS).wait()
     return folder
+
+
+def assert_runs_jobs(client: Client) -> None:
+    """The coordinator leases a worker, and says that what ran there failed: the unit is empty."""
+    client.wait_for_workers(1, timeout=START_SECONDS)
+    job = Job("empty", "", {}, (Unit("nothing", "tile", {}, attempts=1),))
+    with pytest.raises(JobError, match="1 of 1 units of empty failed"):
+        submit(client, job).wait()
 
 
 def training_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> Settings:
