@@ -29,7 +29,7 @@ from h2mv_dist.jobs.worlds import loss_floor, make_world, truth_url
 from h2mv_dist.model.registry import model_kind
 
 RESOLUTION: Final = 6.0
-YEARS: Final = 2
+YEARS: Final = 1
 SEED: Final = 0
 
 SETTINGS: Final = """\
@@ -42,7 +42,7 @@ layout = "published"
 [training]
 folds = [0, 1]           # two of the ten
 ranks = 2                # processes a fold, joined by torch DDP
-epochs = 11
+epochs = 9
 batch_size = 96
 cache = "{folder}/cache"
 
