@@ -337,7 +337,7 @@ def print_settings(
 def verify(
     file: Annotated[str, typer.Argument(help="Golden file (.npz).")],
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Run compiled code, which takes a minute to make.")
+        bool, typer.Option("--compiled", help="Run compiled code, which takes two minutes to make.")
     ] = False,
 ) -> None:
     """Compare the model with a golden file; exit status 1 if any array is beyond its tolerance."""

@@ -10,7 +10,7 @@ from h2mv_dist.model.days import no_compiler_because
 
 COMPILED: Final = "compiled"
 EAGER: Final = "eager"
-WORTH_CELL_DAYS: Final = 2e7
+WORTH_CELL_DAYS: Final = 3e7
 """From so many simulated cell-days of a rank, or of a cube with spin-up and baseline, on, compiling pays."""
 
 _log: Final = logging.getLogger(__name__)

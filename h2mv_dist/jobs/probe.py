@@ -24,7 +24,7 @@ from h2mv_dist.spec import Scaler
 
 WORTH_TRYING: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5e6, COMPILED: 1e10})
 """Code path -> from so many simulated cell-days of a rank on it pays: a few seconds as written, but compiled
-code is made for a number of threads, which takes about a minute for each of them."""
+code is made for a number of threads, which takes about two minutes for each of them."""
 DAYS: Final = 16
 ROUNDS: Final = 3
 LIMIT_SECONDS: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5.0, COMPILED: 900.0})

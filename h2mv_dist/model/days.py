@@ -37,7 +37,7 @@ from h2mv_dist.model.code_folder import (
     no_folder_because,
 )
 
-BLOCK_DAYS: Final = 8
+BLOCK_DAYS: Final = 16
 """Days of a block: more take longer to compile, fewer more calls."""
 LANES: Final = 16
 """Compiled blocks get a multiple of so many cells, the float32 numbers of a vector register."""
@@ -174,8 +174,8 @@ def run_days(
 def day_blocks(n_days: int) -> list[slice]:
     """Whole blocks, then single days, so that blocks of two lengths are all there is to compile.
 
-    >>> day_blocks(10)
-    [slice(0, 8, None), slice(8, 9, None), slice(9, 10, None)]
+    >>> day_blocks(18)
+    [slice(0, 16, None), slice(16, 17, None), slice(17, 18, None)]
     """
     whole = n_days - n_days % BLOCK_DAYS
     edges = [*range(0, whole, BLOCK_DAYS), *range(whole, n_days + 1)]

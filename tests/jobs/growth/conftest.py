@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ DAILY = {
 
 
 def until(day: int, url: str, cache: Path, **inference: Any) -> Settings:
-    """Settings as if the forcing ended before this day of January."""
+    """Settings as if the forcing ended before this day of the year."""
     chosen = {**DAILY, **inference}
-    data = {"url": url, "period": f"{FIRST}..{FIRST.replace(day=day)}"}
+    data = {"url": url, "period": f"{FIRST}..{FIRST + timedelta(days=day - 1)}"}
     return small_settings(url, cache, data=data, inference=chosen)
 
 

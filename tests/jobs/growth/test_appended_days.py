@@ -28,6 +28,7 @@ from h2mv_dist.jobs.cube_plan import plan_inference
 from h2mv_dist.jobs.inference import forget_damage, submit_inference
 from h2mv_dist.jobs.tiles import compute_tile, finish_cube, open_context, stretches
 from h2mv_dist.jobs.training import plan_training
+from h2mv_dist.model.days import BLOCK_DAYS
 from h2mv_dist.model.h2mv import SPEC
 from tests.io.builders import whole
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -63,16 +64,17 @@ def test_compiled_days_at_once_equal_compiled_days_one_by_one(
     client: Client, world_url: str, cache: Path, job: str, tmp_path: Path
 ) -> None:
     """Days of a shard run as whole blocks and single days, whatever is computed with them."""
+    days = BLOCK_DAYS + 1
     # all outputs, as other tests have them compiled
-    compiled = {"code_path": "compiled", "shard_days": 9, "chunk_days": 9, "outputs": None}
+    compiled = {"code_path": "compiled", "shard_days": days, "chunk_days": days, "outputs": None}
     one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
     for cube in (one, other):
-        infer(client, until(10, world_url, cache, **compiled), job, cube)
+        infer(client, until(1 + days, world_url, cache, **compiled), job, cube)
     # a cube goes on as it began
     undecided = {**compiled, "code_path": "auto"}
-    infer(client, until(28, world_url, cache, **undecided), job, one, append=True)
-    for day in (19, 28):
-        infer(client, until(day, world_url, cache, **undecided), job, other, append=True)
+    infer(client, until(1 + 3 * days, world_url, cache, **undecided), job, one, append=True)
+    for shards in (2, 3):
+        infer(client, until(1 + shards * days, world_url, cache, **undecided), job, other, append=True)
     assert objects(one, metadata=False) == objects(other, metadata=False)
     with xr.open_zarr(one, chunks=None) as opened:
         assert opened.attrs["code_path"] == "compiled"
