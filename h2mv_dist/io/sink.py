@@ -4,11 +4,12 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 """
 
 import hashlib
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import zarr
@@ -25,6 +26,8 @@ from h2mv_dist.spec import Budget, Float32Array, largest_gap
 
 ARRAYS_AT_ONCE: Final = 4
 """Arrays that are written at a time: an object store takes most of a put's time to answer."""
+VALUES_AT_ONCE: Final = 2**14
+"""Values whose mean and spread over members are worked out at a time."""
 
 
 @dataclass(frozen=True)
@@ -269,14 +272,23 @@ def _boxes(layout: CubeLayout, region: _Region, values: Mapping[str, Float32Arra
 
 def _formed(values: Float32Array, form: Form) -> Float32Array:
     """Members as they are, or their mean or spread."""
-    # In float64 and in the order of the members, so that the same values give the same bytes.
     match form:
         case "members":
             return values
         case "mean":
-            return np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
+            return _over_members(values, np.mean)
         case "spread":
-            return np.asarray(np.std(values, axis=0, dtype=np.float64), np.float32)
+            return _over_members(values, np.std)
+
+
+def _over_members(values: Float32Array, statistic: Callable[..., Any]) -> Float32Array:
+    """In float64 and in the order of the members, so that the same values give the same bytes."""
+    columns = values.reshape(len(values), math.prod(values.shape[1:]))
+    found = np.empty(columns.shape[1], np.float32)
+    # so few at a time that what lies between two steps stays in the processor's cache
+    for part in (slice(first, first + VALUES_AT_ONCE) for first in range(0, len(found), VALUES_AT_ONCE)):
+        found[part] = statistic(columns[:, part].astype(np.float64), axis=0)
+    return found.reshape(values.shape[1:])
 
 
 def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
@@ -300,11 +312,10 @@ def rounding_error(kept_bits: int) -> float:
 
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
     """Land cells [..., cell] put back into their tile [..., *space]; NaN over sea."""
-    full = np.full((*packed.shape[:-1], *land.shape), np.nan, np.float32)
-    full[..., land] = packed
+    full = np.full((*packed.shape[:-1], land.size), np.nan, np.float32)
     # one NaN for all: a chunk of nothing else is not stored, and is read as the fill value
-    np.copyto(full, np.float32(np.nan), where=np.isnan(full))
-    return full
+    full[..., np.flatnonzero(land)] = np.where(np.isnan(packed), np.float32(np.nan), packed)
+    return full.reshape(*packed.shape[:-1], *land.shape)
 
 
 def _checksum(blocks: Iterable[Float32Array]) -> str:
