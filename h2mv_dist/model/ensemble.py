@@ -74,11 +74,13 @@ class Ensemble:
         return run(block, state, receive, keep)
 
     def _run_each(self, block: Batch, state: State, receive: Receive, keep: Collection[str] | None) -> State:
-        after = []
-        for member, model in enumerate(self.models):
-            result: Result = model(block, tuple(part[member] for part in state), keep)
+        def one(member: int) -> State:
+            result: Result = self.models[member](block, tuple(part[member] for part in state), keep)
             receive(member, result)
-            after.append(result.state)
+            # its outputs go before the next member's come, which find their place still in the caches
+            return result.state
+
+        after = [one(member) for member in range(len(self.models))]
         return tuple(torch.stack(parts) for parts in zip(*after, strict=True))
 
     def _run_together(
