@@ -322,8 +322,8 @@ class TrainingSettings(_Settings):
     is large, fewer if they are about as fast, as measured before the first step (compiled: for minutes)."""
     code_path: CodePath = "auto"
     """``compiled``: blocks of days as one piece of machine code each, three to four times as fast; takes a
-    C++ compiler and a minute before the first step. ``eager``: the model as it is written. ``auto``: compiled
-    on CPUs with a compiler where that is worth the minute."""
+    C++ compiler and two minutes before the first step. ``eager``: the model as it is written. ``auto``:
+    compiled on CPUs with a compiler where that is worth them."""
     recompute: bool | None = None
     """Compute each block of days once more when going backward, instead of remembering it: a quarter more
     time, a tenth of the memory (compiled; half of it as written). Where memory would not suffice otherwise
@@ -401,7 +401,8 @@ class InferenceSettings(_Settings):
     chunk: Sizes = (10, 10)
     """Cells of a chunk along each spatial axis."""
     shard_days: int = Field(360, ge=1)
-    """Days of a shard, and of one time block in memory."""
+    """Days of a shard, and of one time block in memory; compiled days are fastest if it is a multiple of 16,
+    or much longer."""
     chunk_days: int = Field(120, ge=1)
     """Days of a chunk."""
     state_days: int | None = Field(None, ge=1)

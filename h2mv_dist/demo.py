@@ -137,7 +137,7 @@ def _report(
                 "training job: checkpoints, metrics, logs": job,
                 "output cube": cube,
             },
-            facts={"grid": f"{RESOLUTION:g} degrees", "years": str(YEARS)},
+            facts={"grid": f"{RESOLUTION:g} degrees", "days": str(staged.period)},
         )
 
 

@@ -4,7 +4,6 @@ Axes are those of :mod:`h2mv_dist.io.cube`; values come packed, [member, (time,)
 """
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -283,12 +282,15 @@ def _formed(values: Float32Array, form: Form) -> Float32Array:
 
 def _over_members(values: Float32Array, statistic: Callable[..., Any]) -> Float32Array:
     """In float64 and in the order of the members, so that the same values give the same bytes."""
-    columns = values.reshape(len(values), math.prod(values.shape[1:]))
-    found = np.empty(columns.shape[1], np.float32)
-    # so few at a time that what lies between two steps stays in the processor's cache
-    for part in (slice(first, first + VALUES_AT_ONCE) for first in range(0, len(found), VALUES_AT_ONCE)):
-        found[part] = statistic(columns[:, part].astype(np.float64), axis=0)
-    return found.reshape(values.shape[1:])
+    found = np.empty(values.shape[1:], np.float32)
+    columns = values.reshape(len(values), found.size)
+    # so few at a time that what lies between two steps stays in the processor's cache; of even parts none is
+    # a single value of many, whose members NumPy would add in another order
+    n_parts = -(-found.size // VALUES_AT_ONCE) or 1
+    parts = (np.array_split(columns, n_parts, axis=1), np.array_split(found.reshape(-1), n_parts))
+    for part, place in zip(*parts, strict=True):
+        place[...] = statistic(part.astype(np.float64), axis=0)
+    return found
 
 
 def rounded(values: Float32Array, kept_bits: int) -> Float32Array:
@@ -313,8 +315,9 @@ def rounding_error(kept_bits: int) -> float:
 def _expanded(packed: Float32Array, land: BoolArray) -> Float32Array:
     """Land cells [..., cell] put back into their tile [..., *space]; NaN over sea."""
     full = np.full((*packed.shape[:-1], land.size), np.nan, np.float32)
+    full[..., np.flatnonzero(land)] = packed
     # one NaN for all: a chunk of nothing else is not stored, and is read as the fill value
-    full[..., np.flatnonzero(land)] = np.where(np.isnan(packed), np.float32(np.nan), packed)
+    np.copyto(full, np.float32(np.nan), where=np.isnan(full))
     return full.reshape(*packed.shape[:-1], *land.shape)
 
 

@@ -117,19 +117,17 @@ class CubePlan:
         # of one member: gates that are constant, today's, and what a day makes of them
         at_once = min(cells, PART_CELLS)
         gates = GATES_AT_ONCE * at_once * 4 * self.settings.model.hidden
-        # of one member and part: days one by one and joined, the member before, the budget in float64; with a
+        # of one member and part: days one by one and joined, the budget in float64; with a
         # GPU these are on it, and on the host are pinned copies of two parts, of all members, instead
         part = 3 * min(PART_DAYS, days) * at_once * len(self.spec.daily)
         # of all members: what is computed, and the block before, which is being written
         values = 2 * members * days * cells * len(layout.daily)
-        # of a variable that is to be written: its deviations in float64
-        spread = 0 if layout.member_axis or members == 1 else 2 * members * days * cells
         # sums over the month, float64, and the means of one that ends
         values += 3 * members * cells * len(layout.monthly)
         # of each array that is being written: its box with sea, and what is coded of it and sent just now
         written = 2 * ARRAYS_AT_ONCE * (members if layout.member_axis else 1) * days * box
         at_work = FIRST_USE_BYTES + forcing + weights
-        at_work += FLOAT_BYTES * (gates + part + values + spread + written)
+        at_work += FLOAT_BYTES * (gates + part + values + written)
         return at_work if self.code_path == EAGER else max(COMPILING_BYTES, COMPILED_BYTES + at_work)
 
     def missing_bytes(self, missing: Mapping[Tile, Sequence[Period]]) -> int:

@@ -30,7 +30,7 @@ from h2mv_dist.jobs.code_path import COMPILED, EAGER, Way
 from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure, Place, RankError, failure_of
 from h2mv_dist.model.checkpoint import code_versions
-from h2mv_dist.model.days import no_compiler_because
+from h2mv_dist.model.days import BLOCK_DAYS, no_compiler_because
 
 GRAPH_BYTES: Final[Mapping[tuple[str, bool], tuple[int, int]]] = MappingProxyType(
     {
@@ -97,8 +97,13 @@ def step_bytes(settings: Settings, n_cells: int, n_days: int, code_path: str, re
     share = -(-min(training.batch_size, n_cells) // training.ranks)
     cells = min(share, training.cells_at_once or share)
     n_days = min(n_days, training.truncation_days or n_days)
-    for_each_hidden, on_top = GRAPH_BYTES[code_path, recompute]
-    return cells * n_days * (for_each_hidden * settings.model.hidden + on_top)
+
+    def graph(days: int, recompute: bool) -> int:
+        for_each_hidden, on_top = GRAPH_BYTES[code_path, recompute]
+        return cells * days * (for_each_hidden * settings.model.hidden + on_top)
+
+    # going backward one block after the other is there as if it had not been forgotten
+    return graph(n_days, recompute) + (graph(min(BLOCK_DAYS, n_days), False) if recompute else 0)
 
 
 def must_recompute(

@@ -17,6 +17,7 @@ from h2mv_dist.jobs.code_path import COMPILED, EAGER, Way
 from h2mv_dist.jobs.preflight import Facts, ranks_of_host
 from h2mv_dist.model.base import Batch, ProcessModel
 from h2mv_dist.model.checkpoint import new_model
+from h2mv_dist.model.days import BLOCK_DAYS
 from h2mv_dist.model.networks import multiply_in
 from h2mv_dist.model.registry import model_kind
 from h2mv_dist.model.rollout import spin_up
@@ -25,9 +26,9 @@ from h2mv_dist.spec import Scaler
 WORTH_TRYING: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5e6, COMPILED: 1e10})
 """Code path -> from so many simulated cell-days of a rank on it pays: a few seconds as written, but compiled
 code is made for a number of threads, which takes about two minutes for each of them."""
-DAYS: Final = 16
+DAYS: Final = 2 * BLOCK_DAYS
 ROUNDS: Final = 3
-LIMIT_SECONDS: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5.0, COMPILED: 900.0})
+LIMIT_SECONDS: Final[Mapping[str, float]] = MappingProxyType({EAGER: 5.0, COMPILED: 1800.0})
 MARGIN: Final = 0.1
 """How much faster each further thread must make a step: others could use it."""
 

@@ -77,7 +77,7 @@ class Ensemble:
         def one(member: int) -> State:
             result: Result = self.models[member](block, tuple(part[member] for part in state), keep)
             receive(member, result)
-            # its outputs go before the next member's come, which find their place still in the caches
+            # its outputs go before the next member's come, which then find their place still in the caches
             return result.state
 
         after = [one(member) for member in range(len(self.models))]

@@ -15,7 +15,7 @@ from zarr.storage import WrapperStore
 from h2mv_dist.errors import DataError, StoreError
 from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube_store import create_cube
-from h2mv_dist.io.sink import Sink, StoredValues, rounded
+from h2mv_dist.io.sink import Sink, StoredValues, _formed, rounded
 from h2mv_dist.io.stores import get_object, join, open_store, put_object
 from tests.io.cubes import (
     CONSTANTS,
@@ -49,6 +49,21 @@ def test_a_reader_finds_what_the_members_said(case: Case) -> None:
                 np.testing.assert_allclose(cube[f"{name}_mean"], centre, rtol=1e-7 + error)
             if layout.members_as != "all" and len(layout.members) > 1:
                 np.testing.assert_allclose(cube[f"{name}_spread"], spread, rtol=1e-6 + error)
+
+
+@pytest.mark.parametrize("n_members", [1, 2, 10])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (5, 7), (6, 6)])
+def test_mean_and_spread_are_the_same_however_many_values_are_taken_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, n_members: int, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("h2mv_dist.io.sink.VALUES_AT_ONCE", 5)
+    values = np.random.default_rng(0).normal(1e3, 1.0, (n_members, *shape)).astype(np.float32)
+    exact = values.astype(np.float64)
+    for found, expected in (
+        (_formed(values, "mean"), exact.mean(axis=0)),
+        (_formed(values, "spread"), exact.std(axis=0)),
+    ):
+        np.testing.assert_array_equal(found, np.asarray(expected, np.float32), strict=True)
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(1, 22))

@@ -98,7 +98,7 @@ def small_settings(world_url: str, cache: Path, **sections: dict[str, Any]) -> S
             "epochs": 2,
             "batch_size": 50,
             "spinup_days": 30,
-            # a long job would take a minute to compile
+            # a long job would take two minutes to compile
             "code_path": "eager",
             "cache": str(cache),
         },

@@ -18,6 +18,7 @@ from h2mv_dist.jobs.messages import RankError
 from h2mv_dist.jobs.preflight import least_step_bytes, must_recompute, step_bytes
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.model.checkpoint import new_model
+from h2mv_dist.model.days import BLOCK_DAYS
 from tests.jobs.conftest import NO_OPTIONS
 from tests.model import builders
 
@@ -147,6 +148,8 @@ def test_the_bound_of_a_step_is_that_of_the_cheapest_way_left() -> None:
     free, eager = settings(), settings(code_path="eager", recompute=False)
     assert least_step_bytes(free, CELLS, 7000) == step_bytes(free, CELLS, 7000, "compiled", True) < GIB
     assert least_step_bytes(eager, CELLS, 7000) == step_bytes(eager, CELLS, 7000, "eager", False) > 10 * GIB
+    once, again = (step_bytes(free, CELLS, BLOCK_DAYS, "compiled", way) for way in (False, True))
+    assert again > once == least_step_bytes(free, CELLS, BLOCK_DAYS), "a block is there as a whole"
 
 
 @pytest.mark.parametrize(

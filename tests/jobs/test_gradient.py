@@ -50,7 +50,7 @@ NEEDS_COMPILER = (
 
 
 def compile_short_blocks(*reads: frozenset[str]) -> None:
-    """In a process of its own, for losses that read these: two days take a fourth of the time to compile."""
+    """In a process of its own, for losses that read these: two days take a sixth of the time to compile."""
     torch.set_num_threads(1)
     days.BLOCK_DAYS = 2  # type: ignore[misc]
     for names in reads:

@@ -40,7 +40,7 @@ PRODUCTS = (torch.addmm, torch.mm, torch.matmul, torch.bmm, operator.matmul, fun
 
 @pytest.fixture(scope="module")
 def short_blocks() -> Iterator[None]:
-    """Blocks of two days, which take a fourth of the time to compile."""
+    """Blocks of two days, which take a sixth of the time to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(days, "BLOCK_DAYS", 2)
         yield
