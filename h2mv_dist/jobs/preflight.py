@@ -42,7 +42,7 @@ GRAPH_BYTES: Final[Mapping[tuple[str, bool], tuple[int, int]]] = MappingProxyTyp
 )
 """(code path, recomputed) -> bytes of a graph for each simulated day of a cell: for each hidden unit, and on
 top; measured with what is lost between arrays, of which eager code makes many of different sizes."""
-FIRST_STEP_BYTES: Final = 200 * 2**20
+FIRST_STEP_BYTES: Final = 270 * 2**20
 """What the first step leaves behind beside its graph: code that was compiled or loaded; measured."""
 SPARE_DISK: Final = 256 * 2**20
 """Free bytes a host's cache disk must have left after staging."""

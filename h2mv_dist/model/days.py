@@ -38,7 +38,9 @@ from h2mv_dist.model.code_folder import (
 )
 
 BLOCK_DAYS: Final = 16
-"""Days of a block: more take longer to compile, fewer more calls."""
+"""Days of a compiled block: more take longer to compile, fewer more calls."""
+WRITTEN_DAYS: Final = 8
+"""The same as written: more are no faster there, and take more memory."""
 LANES: Final = 16
 """Compiled blocks get a multiple of so many cells, the float32 numbers of a vector register."""
 MOST_CELLS: Final = 2**20
@@ -154,7 +156,8 @@ def run_days(
         The outputs, each [day, cell], and the state after the last day.
     """
     kept: list[tuple[Tensor, ...]] = []
-    for days in day_blocks(forcing.shape[0]):
+    at_once = BLOCK_DAYS if isinstance(block, CompiledBlock) else WRITTEN_DAYS
+    for days in day_blocks(forcing.shape[0], at_once):
         if recompute and torch.is_grad_enabled():
             outputs, state = checkpoint(
                 block, prepared, forcing[days], state, names, use_reentrant=False, preserve_rng_state=False
@@ -171,14 +174,14 @@ def run_days(
     return dict(zip(names, columns, strict=True)), state
 
 
-def day_blocks(n_days: int) -> list[slice]:
+def day_blocks(n_days: int, at_once: int) -> list[slice]:
     """Whole blocks, then single days, so that blocks of two lengths are all there is to compile.
 
-    >>> day_blocks(18)
+    >>> day_blocks(18, 16)
     [slice(0, 16, None), slice(16, 17, None), slice(17, 18, None)]
     """
-    whole = n_days - n_days % BLOCK_DAYS
-    edges = [*range(0, whole, BLOCK_DAYS), *range(whole, n_days + 1)]
+    whole = n_days - n_days % at_once
+    edges = [*range(0, whole, at_once), *range(whole, n_days + 1)]
     return [slice(first, stop) for first, stop in pairwise(edges)]
 
 

@@ -89,7 +89,7 @@ def test_compiled_days_say_what_the_written_ones_say(n_cells: int) -> None:
         found, compiled_gradients = trained(compiled_model(), batch)
     assert found.daily.keys() == KEPT
     # 20 days of spin-up and 45 of the run
-    assert regions(seen) == len(day_blocks(20)) + len(day_blocks(45))
+    assert regions(seen) == len(day_blocks(20, days.BLOCK_DAYS)) + len(day_blocks(45, days.BLOCK_DAYS))
     for name in KEPT:
         assert_close(found.daily[name], written.daily[name], name)
     for part, expected in zip(found.state, written.state, strict=True):
@@ -203,7 +203,7 @@ def test_a_block_is_one_graph_of_two_products_or_one_operator_a_day(compiled: bo
         state = tuple(part.movedim(0, -1).contiguous() for part in model.initial_state(32))
         forcing = batch.forcing.permute(1, 2, 0).contiguous()
         days.run_days(entering, prepared, forcing, state, ("runoff",))
-    assert entered == len(day_blocks(n_days)) == 45 // days.BLOCK_DAYS + 45 % days.BLOCK_DAYS
+    assert entered == len(day_blocks(n_days, days.BLOCK_DAYS)) == 45 // days.BLOCK_DAYS + 45 % days.BLOCK_DAYS
     assert counting.frame_count == 2
     for graph, length in zip(counting.graphs, (days.BLOCK_DAYS, 1), strict=True):
         called = [node.target for node in graph.graph.nodes]
