@@ -186,15 +186,17 @@ def test_a_block_is_one_graph_of_two_products_or_one_operator_a_day(compiled: bo
     """What does not depend on the clock: graphs, calls of them, and products, so that a hidden loop shows."""
     torch._dynamo.reset()
     counting = CompileCounterWithBackend("eager")
-    block = torch.compile(H2MV.day_block, backend=counting, fullgraph=True, dynamic=False)
     n_days, entered = 45, 0
 
-    def entering(
-        prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
-    ) -> tuple[tuple[Tensor, ...], State]:
-        nonlocal entered
-        entered += 1
-        return block(prepared, forcing, state, names)
+    class Entered(CompiledBlock):
+        def __call__(
+            self, prepared: Prepared, forcing: Tensor, state: State, names: tuple[str, ...]
+        ) -> tuple[tuple[Tensor, ...], State]:
+            nonlocal entered
+            entered += 1
+            return self.block(prepared, forcing, state, names)
+
+    block = Entered(torch.compile(H2MV.day_block, backend=counting, fullgraph=True, dynamic=False))
 
     model, batch = builders.model(), builders.batch(n_cells=32, n_days=n_days)
     model.compiled = compiled
@@ -202,7 +204,7 @@ def test_a_block_is_one_graph_of_two_products_or_one_operator_a_day(compiled: bo
         prepared = model.prepare(batch.static.T)
         state = tuple(part.movedim(0, -1).contiguous() for part in model.initial_state(32))
         forcing = batch.forcing.permute(1, 2, 0).contiguous()
-        days.run_days(entering, prepared, forcing, state, ("runoff",))
+        days.run_days(block, prepared, forcing, state, ("runoff",))
     assert entered == len(day_blocks(n_days, days.BLOCK_DAYS)) == 45 // days.BLOCK_DAYS + 45 % days.BLOCK_DAYS
     assert counting.frame_count == 2
     for graph, length in zip(counting.graphs, (days.BLOCK_DAYS, 1), strict=True):
