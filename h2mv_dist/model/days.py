@@ -278,16 +278,17 @@ def compiled_width(n_cells: int, wanted: int | None) -> int:
 
 @contextmanager
 def one_compiles(what: str) -> Iterator[None]:
-    """Of the processes of a user on a host, one compiles at a time; the next finds its code on disk.
+    """Of the processes of a user on a host, one compiles this; the others find its code on disk.
 
     What was compiled before is loaded by all of them at once. Only to save work: whoever cannot lock, or
     waits too long, compiles for itself.
 
     Args:
-        what: tells apart what is compiled within.
+        what: tells apart what is compiled within; who compiles something else does not wait.
     """
-    made = code_folder() / f"made-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
-    name = f"h2mv_dist-{os.getuid()}-{socket.gethostname()}.lock"
+    key = hashlib.sha256(what.encode()).hexdigest()[:32]
+    made = code_folder() / f"made-{key}"
+    name = f"h2mv_dist-{os.getuid()}-{socket.gethostname()}-{key}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     # a timeout is one, too
     with suppress(OSError):

@@ -31,7 +31,7 @@ def spin_up(model: ProcessModel, batch: Batch, n_days: int | None, keep: Collect
 
 
 def warm_up(model: ProcessModel, keep: Collection[str] | None, *, gradient: bool = False) -> None:
-    """Have a compiled model's blocks compiled, by one process of a machine at a time, or loaded.
+    """Have a compiled model's blocks compiled, by one process of a machine, or loaded.
 
     Args:
         model: compiled.

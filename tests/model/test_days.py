@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -149,19 +150,33 @@ def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_one_compiles_at_a_time() -> None:
+def test_one_compiles_and_the_others_wait() -> None:
     inside, most = list[str](), list[int]()
 
     def compiling(what: str) -> None:
-        with days.one_compiles(what):
+        # one that fails leaves nothing behind: so each of them compiles
+        with suppress(RuntimeError), days.one_compiles(what):
             inside.append(what)
             most.append(len(inside))
             time.sleep(0.05)
             inside.remove(what)
+            raise RuntimeError("no compiler")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(compiling, "aaa"))
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_who_compiles_something_else_does_not_wait() -> None:
+    all_inside = threading.Barrier(3, timeout=60)
+
+    def compiling(what: str) -> None:
+        with days.one_compiles(what):
+            all_inside.wait()
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(compiling, "abc"))
-    assert most == [1, 1, 1]
 
 
 @pytest.mark.usefixtures("nothing_compiled")
