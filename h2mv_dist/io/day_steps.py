@@ -4,18 +4,15 @@ A step stands for an interval. Its time stamp may name the interval's start, mid
 at midnight belongs to the day before.
 """
 
-import posixpath
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from h2mv_dist.config import Stamp
 from h2mv_dist.errors import DataError, describe
 from h2mv_dist.grid import IntArray, Period, as_date
-from h2mv_dist.io.cf import Coordinate, coordinate_of
-from h2mv_dist.io.library import Found, attribute
-from h2mv_dist.io.times import Times, daily_times, stamps_of, times_of
+from h2mv_dist.io.library import Found
+from h2mv_dist.io.times import Times, begin_on_another_day, bounds_of, daily_times, times_of
 
 DAY: Final = 86_400
 """Seconds."""
@@ -48,7 +45,8 @@ def day_steps(found: Found, *, amounts: bool, stamp: Stamp | None) -> DaySteps:
         found: the variable.
         amounts: whether values are amounts of an interval; else they are states or rates.
         stamp: which moment of its interval a time stamp names. If None: what CF bounds of the time axis say;
-            without bounds the start, or of daily values the day, but amounts are refused.
+            without bounds the start, or of daily values the day, but amounts are refused. Of daily states and
+            rates the day is also taken where bounds begin on it, whatever their hours.
 
     Raises:
         DataError: a step is missing, doubled or out of order, steps do not fill days, no day is whole, or
@@ -56,41 +54,21 @@ def day_steps(found: Found, *, amounts: bool, stamp: Stamp | None) -> DaySteps:
         StoreError: the time axis cannot be read.
     """
     times = times_of(found)
-    stamps = _seconds(times.stamps)
+    stamps = times.seconds()
+    bounds = bounds_of(found, times) if stamp is None else None
+    of_stamps = bounds is None or not begin_on_another_day(times, bounds).any()
     step = int(np.median(np.diff(stamps))) if stamps.size > 1 else DAY
-    if step >= DAY and stamp is None and not amounts:
+    if step >= DAY and stamp is None and not amounts and of_stamps:
         stored = daily_times(found)
         return DaySteps(stored.times, stored.period, 0, 1, "day")
     if step < 1 or DAY % step:
         raise _uneven(found, step)
-    bounds = _bounds(found) if stamp is None else None
     if bounds is not None:
         return _whole_days(found, times, _interval_starts(found, bounds, step), step, "bounds")
     if stamp is None and amounts:
         raise _untold(found, times, step)
     named = stamp or "start"
     return _whole_days(found, times, stamps - int(step * _ELAPSED[named]), step, named)
-
-
-def _seconds(stamps: NDArray[np.datetime64]) -> IntArray:
-    """Seconds since 1970 to the nearest minute: hours stored as fractions of a day are not exact."""
-    seconds = stamps.astype("datetime64[us]").astype(np.int64) / 1e6
-    return np.asarray(np.rint(seconds / 60) * 60, np.int64)
-
-
-def _bounds(found: Found) -> IntArray | None:
-    """Start and end of each interval, seconds since 1970, [step, 2], if the time axis has CF bounds."""
-    time = coordinate_of(found, "time")
-    assert time is not None, "times_of has found it"
-    name = attribute(time.array, "bounds")
-    folder = posixpath.dirname(time.path)
-    group = next((g for g in (found.group, found.root) if g is not None and g.path == folder), found.group)
-    if name not in group.arrays:
-        return None
-    # CF: bounds have the units and calendar of their coordinate, whatever they say themselves
-    array = group.arrays[name].copy(deep=False)
-    array.attrs = dict(time.array.attrs)
-    return _seconds(stamps_of(found, Coordinate(posixpath.join(folder, name), array)))
 
 
 def _interval_starts(found: Found, bounds: IntArray, step: int) -> IntArray:

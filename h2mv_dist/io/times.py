@@ -1,5 +1,6 @@
 """Time: the days of forcing, every one once, and the steps of targets, daily or monthly."""
 
+import posixpath
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from h2mv_dist.errors import DataError, describe
-from h2mv_dist.grid import IntArray, Period, as_date
+from h2mv_dist.grid import BoolArray, IntArray, Period, as_date
 from h2mv_dist.io.cf import Coordinate, coordinate_of
 from h2mv_dist.io.library import Found, attribute
 from h2mv_dist.io.stores import explained
@@ -69,6 +70,15 @@ class Times(NamedTuple):
     def days(self) -> IntArray:
         """Days since 1970-01-01; the hour does not count."""
         return self.stamps.astype("datetime64[D]").astype(np.int64)
+
+    def seconds(self) -> IntArray:
+        """Seconds since 1970 to the nearest minute: hours stored as fractions of a day are not exact."""
+        return _seconds(self.stamps)
+
+
+def _seconds(stamps: NDArray[np.datetime64]) -> IntArray:
+    seconds = stamps.astype("datetime64[us]").astype(np.int64) / 1e6
+    return np.asarray(np.rint(seconds / 60) * 60, np.int64)
 
 
 def times_of(found: Found) -> Times:
@@ -136,6 +146,31 @@ def _unreadable_time(found: Found, coordinate: Coordinate, reason: str) -> DataE
     )
 
 
+def bounds_of(found: Found, times: Times) -> IntArray | None:
+    """Start and end of each interval, seconds since 1970, [step, 2], if the time axis has CF bounds.
+
+    Raises:
+        DataError: they cannot be understood.
+        StoreError: they cannot be read.
+    """
+    time = coordinate_of(found, "time")
+    assert time is not None, "times_of has found it"
+    name = attribute(time.array, "bounds")
+    folder = posixpath.dirname(time.path)
+    group = next((g for g in (found.group, found.root) if g is not None and g.path == folder), found.group)
+    if name not in group.arrays or group.arrays[name].shape != (times.stamps.size, 2):
+        return None
+    # CF: bounds have the units and calendar of their coordinate, whatever they say themselves
+    array = group.arrays[name].copy(deep=False)
+    array.attrs = dict(time.array.attrs)
+    return _seconds(stamps_of(found, Coordinate(posixpath.join(folder, name), array)))
+
+
+def begin_on_another_day(times: Times, bounds: IntArray) -> BoolArray:
+    """Which intervals begin on another day than their time stamp names, [step]."""
+    return np.asarray(bounds[:, 0] // _SECONDS_A_DAY != times.days())
+
+
 class DailyTimes(NamedTuple):
     """Time stamps of a forcing variable, and the days they cover."""
 
@@ -144,10 +179,11 @@ class DailyTimes(NamedTuple):
 
 
 def daily_times(found: Found) -> DailyTimes:
-    """The time axis of a forcing variable, which has every day exactly once.
+    """The time axis of a forcing variable, which has every day exactly once, under a stamp of its own.
 
     Raises:
-        DataError: a day is missing, doubled or out of order, or the time coordinate cannot be understood.
+        DataError: a day is missing, doubled or out of order, CF bounds say that stamps name another day, or
+            the time coordinate cannot be understood.
         StoreError: it cannot be read.
     """
     times = times_of(found)
@@ -159,6 +195,7 @@ def daily_times(found: Found) -> DailyTimes:
     if (jumps != 1).any():
         at = int(np.argmax(jumps != 1))
         raise _broken_days(found, int(days[at]), int(jumps[at]))
+    _refuse_stamps_of_other_days(found, times)
     return DailyTimes(times, Period(as_date(int(days[0])), as_date(int(days[-1]) + 1)))
 
 
@@ -174,6 +211,28 @@ def _refuse_sub_daily(found: Found, times: Times) -> None:
                 expected="one step a day",
                 actual=f"steps of {typical / 3600:g} hours",
                 fix="make daily values of them first: h2mv-dist prepare",
+            )
+        )
+
+
+def _refuse_stamps_of_other_days(found: Found, times: Times) -> None:
+    """Nobody sees from the values that a day is taken for the next one."""
+    bounds = bounds_of(found, times)
+    if bounds is None:
+        return
+    wrong = np.flatnonzero(begin_on_another_day(times, bounds))
+    if wrong.size:
+        stamp, start, end = (
+            moment.astype("datetime64[m]")
+            for moment in (times.stamps[wrong[0]], *bounds[wrong[0]].astype("datetime64[s]"))
+        )
+        raise DataError(
+            describe(
+                "time stamps name other days than the bounds of the time axis",
+                where=found.where,
+                expected="stamps on the day that their bounds begin",
+                actual=f"{stamp} for {start} to {end}; {wrong.size} such steps",
+                fix="run h2mv-dist prepare first, which goes by the bounds, or correct the stamps",
             )
         )
 

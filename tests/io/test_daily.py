@@ -89,6 +89,18 @@ def test_bounds_say_which_interval_is_meant(folder: Place, fractions: bool) -> N
     np.testing.assert_allclose(days_of(daily, 1).reshape(3, -1), rain, rtol=1e-6)
 
 
+def test_bounds_put_daily_states_and_amounts_on_the_same_day(folder: Place) -> None:
+    begin = starts("2004-01-01", 24, 10)
+    end = hours_since(begin + pd.Timedelta("24h"))
+    bounds = np.stack([hours_since(begin).values, end.values], axis=1)
+    time = Stored(end.values, ("time",), {**end.attrs, "bounds": "limits"})
+    arrays = {**hourly(time, {**MEANS, "precipitation": "mm"}), "limits": Stored(bounds, ("time", "side"))}
+    daily = opened(folder, arrays)
+    assert daily.period == Period(date(2004, 1, 1), date(2004, 1, 11))
+    assert [series.left_out for series in daily.forcing] == [(0, 0)] * 3
+    assert {series.stamp for series in daily.forcing} == {"bounds"}
+
+
 def test_days_at_the_ends_count_if_every_variable_has_them_whole(folder: Place) -> None:
     stamps = hours_since(starts("2004-01-01", 1, 96))
     arrays = hourly(stamps, AMOUNTS)

@@ -85,6 +85,25 @@ def test_the_hour_of_a_daily_stamp_does_not_count(folder: Place, hour: int) -> N
     assert source.period.n_days == N_DAYS
 
 
+def with_bounds(first: float, stop: float, stamp: float) -> Arrays:
+    """The CF data set with intervals from ``first`` to ``stop`` of each day, stamped ``stamp``, in days."""
+    day = np.arange(N_DAYS)
+    arrays = with_time(day + stamp, bounds="time_bnds")
+    return {**arrays, "time_bnds": Stored(np.stack([day + first, day + stop], 1), ("time", "bnds"))}
+
+
+def test_daily_stamps_that_bounds_say_are_of_the_day_before_are_refused(folder: Place) -> None:
+    with pytest.raises(DataError, match=r"2004-01-16T00:00 for 2004-01-15T00:00 to (.|\n)*h2mv-dist prepare"):
+        open_cf(folder, with_bounds(0, 1, 1))
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (0.5, 0.5), (0.25, 1.25), (0, 3)])
+def test_bounds_that_begin_on_the_day_of_the_stamp_are_of_that_day(
+    folder: Place, first: float, stop: float
+) -> None:
+    assert open_cf(folder, with_bounds(first, stop, 0.5)).period.start == FIRST
+
+
 def test_a_period_cuts_the_forcing_across_a_leap_day(folder: Place) -> None:
     period = Period(date(2004, 2, 27), date(2004, 3, 3))
     source = open_cf(folder, cf(), period=period)
