@@ -65,15 +65,13 @@ def values_of(found: Found, coordinate: Coordinate) -> NDArray[np.generic]:
 def decode(name: str, array: xr.Variable) -> xr.Variable:
     """Lazily unpack and mask an array, as CF says."""
     stored = array.to_base_variable()
-    packed = "scale_factor" in stored.attrs or "add_offset" in stored.attrs
-    if not packed and _says_nothing(stored.attrs.get("_FillValue")):
-        del stored.attrs["_FillValue"]
+    if "scale_factor" not in stored.attrs and "add_offset" not in stored.attrs:
+        _look_for_no_nan(stored)
     return xr.conventions.decode_cf_variable(name, stored, decode_times=False)
 
 
-def _says_nothing(fill: object) -> bool:
-    """Whether a fill value is better not looked for, value by value.
-
-    Zarr's own default is 0, which taken for "missing" would delete every true zero; NaN is missing anyway.
-    """
-    return isinstance(fill, int | float | np.number) and (fill == 0 or bool(np.isnan(fill)))
+def _look_for_no_nan(stored: xr.Variable) -> None:
+    """NaN is missing anyway, and need not be compared with value by value."""
+    fill = stored.attrs.get("_FillValue")
+    if isinstance(fill, float | np.floating) and np.isnan(fill):
+        del stored.attrs["_FillValue"]

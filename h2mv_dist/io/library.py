@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
 import xarray as xr
 import zarr
 from xarray.backends import ZarrStore
@@ -149,16 +150,30 @@ def _below(root: zarr.Group, folder: str) -> tuple[str, ...]:
 
 def _read_group(url: str, path: str, node: zarr.Group) -> Group:
     # Format 2 has one fill value for "never written" and "missing"; format 3 has an attribute for the latter.
-    store = ZarrStore(node, mode="r", use_zarr_fill_value_as_mask=node.metadata.zarr_format == 2)
+    one_for_both = node.metadata.zarr_format == 2
+    store = ZarrStore(node, mode="r", use_zarr_fill_value_as_mask=one_for_both)
     dataset = xr.open_dataset(store, decode_cf=False, chunks=None, cache=False, create_default_indexes=False)
     arrays = {str(name): array for name, array in dataset.variables.items()}
     for name, array in arrays.items():
         _require_bounded(array, f"{displayed(url)} {posixpath.join(path, name)}")
+        if one_for_both:
+            _drop_default_fill(array)
     coordinates = {*arrays} & {*dataset.sizes}
     for name in coordinates:
         arrays[name].load()  # once, for all arrays that it is a coordinate of
     arrays |= {n: with_fast_reads(arrays[n], node[n]) for n in arrays if n not in coordinates}
     return Group(url, path, arrays, {str(k): v for k, v in dataset.attrs.items()})
+
+
+def _drop_default_fill(array: xr.Variable) -> None:
+    """Zarr's own default is 0, which taken for "missing" would delete every true zero.
+
+    Whoever packs values chooses a fill value, and stays with it.
+    """
+    packed = "scale_factor" in array.attrs or "add_offset" in array.attrs
+    fill = array.attrs.get("_FillValue")
+    if not packed and isinstance(fill, int | float | np.number) and fill == 0:
+        del array.attrs["_FillValue"]
 
 
 def _not_understood(where: str, error: Exception) -> DataError:

@@ -6,7 +6,7 @@ import pytest
 from h2mv_dist.config import DataSettings
 from h2mv_dist.io.source import open_source
 from tests.conftest import Place
-from tests.io.builders import LAND, N_DAYS, Stored, cf, open_cf, read, read_of, write
+from tests.io.builders import LAND, N_DAYS, Stored, cf, open_cf, read, read_of, whole, write
 
 
 def test_coordinates_are_found_by_their_attributes(folder: Place) -> None:
@@ -50,3 +50,24 @@ def test_true_zeros_survive_a_fill_value_of_zero(folder: Place, zarr_format: int
     data = DataSettings(url=folder.url, layout="cf", static=("elevation", "clay"))
     source = open_source(data, forcing=("precipitation",), targets=(), options=folder.options)
     np.testing.assert_array_equal(read(source)[..., 0], rain.values)
+
+
+def test_zeros_that_an_attribute_of_format_3_says_are_missing(folder: Place) -> None:
+    """There the fill value of chunks never written has a place of its own."""
+    arrays = cf()
+    packed = np.where(LAND, np.arange(N_DAYS)[:, None, None] % 5, 0).astype(np.int16)
+    attrs = {"units": "mm d-1", "_FillValue": 0}
+    arrays["runoff"] = Stored(packed, ("time", "lat", "lon"), attrs, (40, 2, 3))
+    source = open_cf(folder, arrays, targets=("runoff",))
+    values = source.read_targets(whole(source))["runoff"]
+    np.testing.assert_array_equal(values, np.where(packed == 0, np.nan, packed))
+
+
+def test_the_first_day_of_format_2_may_be_zero(folder: Place) -> None:
+    """Days since the first one, under Zarr's own fill value."""
+    arrays = cf()
+    arrays["time"].fill = 0
+    write(folder, arrays, zarr_format=2)
+    data = DataSettings(url=folder.url, layout="cf", static=("elevation", "clay"))
+    source = open_source(data, forcing=("precipitation",), targets=(), options=folder.options)
+    assert source.period.n_days == N_DAYS
