@@ -1,14 +1,17 @@
 """A selection of a cube as one NetCDF file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import xarray as xr
+import zarr
 
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, StoreError, describe
 from h2mv_dist.grid import BoolArray, Period
+from h2mv_dist.io.cube import COMPLETE
 from h2mv_dist.io.stores import displayed, explained, open_store
 from h2mv_dist.variables import nearest
 
@@ -41,7 +44,10 @@ def write_netcdf(dataset: xr.Dataset, path: Path) -> None:
 def _opened(url: str, options: StorageOptions) -> xr.Dataset:
     with explained(url, options):
         try:
-            opened: xr.Dataset = xr.open_zarr(open_store(url, options, read_only=True), chunks=None)
+            store = open_store(url, options, read_only=True)
+            # first: before it is shown, the metadata that xarray looks for are not all there
+            _require_complete(zarr.open_group(store, mode="r").attrs, url)
+            opened: xr.Dataset = xr.open_zarr(store, chunks=None)
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(
                 describe(
@@ -53,6 +59,20 @@ def _opened(url: str, options: StorageOptions) -> xr.Dataset:
                 )
             ) from error
     return opened
+
+
+def _require_complete(attributes: Mapping[str, object], url: str) -> None:
+    """A cube is complete from its first publication on, also while days are appended or computed anew."""
+    if attributes.get(COMPLETE) == "no":
+        raise StoreError(
+            describe(
+                "the cube is not finished: what is missing would look like sea",
+                where=displayed(url),
+                expected="a cube whose first days readers are shown",
+                actual=f"{COMPLETE} = no",
+                fix="run h2mv-dist infer again, then extract",
+            )
+        )
 
 
 def select(
@@ -74,7 +94,7 @@ def select(
 
     Raises:
         ConfigError: the cube does not have it.
-        StoreError: the cube cannot be opened.
+        StoreError: the cube cannot be opened, or was never finished.
     """
     cube = _opened(url, options)
     for name in variables:

@@ -11,8 +11,10 @@ import xarray as xr
 from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import ConfigError, StoreError
 from h2mv_dist.grid import Period
+from h2mv_dist.io.cube import Progress
+from h2mv_dist.io.cube_store import create_cube, publish
 from h2mv_dist.io.netcdf import select, write_netcdf
-from tests.io.cubes import LAYOUTS, CubePlace, basin_layout, fill, map_layout
+from tests.io.cubes import LAYOUTS, PERIOD, CubePlace, basin_layout, fill, map_layout
 
 DAYS = Period(date(2000, 2, 28), date(2000, 3, 2))
 SPRING = Period(date(2000, 1, 15), date(2000, 4, 10))
@@ -119,3 +121,18 @@ def test_what_is_not_there_is_said(on_disk: CubePlace, selection: dict[str, obje
     fill(on_disk, map_layout())
     with pytest.raises(ConfigError, match=message):
         select(on_disk.url, on_disk.options, **selection)  # type: ignore[arg-type]
+
+
+def test_a_cube_that_was_never_finished_is_refused(on_disk: CubePlace) -> None:
+    layout = map_layout()
+    create_cube(on_disk.url, layout, on_disk.options, overwrite=False)
+    with pytest.raises(StoreError, match=r"not finished(.|\n)*run h2mv-dist infer again"):
+        select(on_disk.url, on_disk.options)
+
+
+def test_days_of_a_cube_that_is_to_have_more_again_are_selected(on_disk: CubePlace) -> None:
+    fill(on_disk, map_layout())
+    shorter = Period(PERIOD.start, date(2000, 3, 2))
+    begun = Progress(shorter, True, (shorter.stop,), until=PERIOD.stop)
+    publish(on_disk.url, map_layout(), begun, on_disk.options)
+    assert select(on_disk.url, on_disk.options).sizes["time"] == shorter.n_days
