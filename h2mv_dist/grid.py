@@ -17,6 +17,8 @@ from h2mv_dist.errors import ConfigError, DataError, describe
 
 EARTH_RADIUS_M: Final = 6_371_000.0
 """Mean radius of the Earth (IUGG), m."""
+UNKNOWN_AREA: Final = 1.0
+"""Area of every cell where the data set says none, so that all count the same."""
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from h2mv_dist.errors import DataError, describe
-from h2mv_dist.grid import BoolArray, FloatArray, Grid
+from h2mv_dist.grid import UNKNOWN_AREA, BoolArray, FloatArray, Grid
 from h2mv_dist.io.cf import Coordinate, coordinate_of, values_of
 from h2mv_dist.io.library import Found, attribute
 from h2mv_dist.io.units import conversion_between
@@ -148,4 +148,4 @@ def _cell_areas(space: Space, found: Found) -> FloatArray:
             if not (areas > 0).all():
                 raise DataError(f"{path} of {found.where} holds areas that are not positive numbers")
             return areas
-    return np.ones(space.lat.size)
+    return np.full(space.lat.size, UNKNOWN_AREA)

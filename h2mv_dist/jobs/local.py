@@ -1,7 +1,7 @@
 """Some cells without a cluster: checkpoints and data in, an xarray Dataset out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import xarray as xr
 
 from h2mv_dist.config import DataSettings, StorageOptions, validate
 from h2mv_dist.errors import CheckpointError, ConfigError, describe
-from h2mv_dist.grid import EARTH_RADIUS_M, Grid, Period, Tile
+from h2mv_dist.grid import EARTH_RADIUS_M, UNKNOWN_AREA, FloatArray, Grid, Period, Tile
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import get_object
 from h2mv_dist.jobs.cluster import known_options
@@ -22,6 +22,8 @@ from h2mv_dist.spec import Float32Array, ModelSpec
 from h2mv_dist.variables import by_name_or_group, variable
 
 BLOCK_DAYS = 360
+_LONE_CELL: Final = 1.0
+"""How large a cell is taken to be, degrees, where neither an area nor another cell says it."""
 
 
 def run(
@@ -43,7 +45,8 @@ def run(
             checkpoint (``*.safetensors``), or several of them.
         data: path or URL of a data set in the published layout, or what a settings file says in ``[data]``.
         box: (south, north, west, east), degrees as the data have them: cells whose centres lie inside.
-        cells: (latitude, longitude) of each cell, degrees: the cells with the nearest centres.
+        cells: (latitude, longitude) of each cell, degrees: the cells with the nearest centres, which are not
+            further away than a cell is large, or where the data say no areas, than its next neighbour.
         period: days, as ``2001-01-01..2003-01-01`` without its end; all days of the forcing if left out.
         baseline: days whose mean anomalies refer to; the whole period if left out.
         spinup_days: days run first to fill the stores; the whole period if left out.
@@ -171,11 +174,9 @@ def _box_tile(grid: Grid, box: tuple[float, float, float, float]) -> Tile:
 
 def _land_cell(grid: Grid, lat: float, lon: float) -> Tile:
     """The cell with the nearest centre; it must be land, and not further away than a cell is large."""
-    lats, lons = grid.cell_coordinates()
-    around = (lons - lon + 180) % 360 - 180
-    distance = np.hypot(lats - lat, around * np.cos(np.deg2rad(lat)))
+    distance = _degrees_between(grid, lat, lon)
     nearest_one = int(np.argmin(distance))
-    reach = np.rad2deg(np.sqrt(grid.area[grid.mask][nearest_one]) / EARTH_RADIUS_M)
+    reach = _size(grid, nearest_one)
     if distance[nearest_one] > reach:
         raise ConfigError(
             describe(
@@ -188,6 +189,22 @@ def _land_cell(grid: Grid, lat: float, lon: float) -> Tile:
         )
     index = np.unravel_index(grid.land_index()[nearest_one], grid.shape)
     return Tile(tuple(int(i) for i in index), tuple(int(i) + 1 for i in index))
+
+
+def _degrees_between(grid: Grid, lat: float, lon: float) -> FloatArray:
+    """Distance of every land cell's centre from a place, [cell]."""
+    lats, lons = grid.cell_coordinates()
+    around = (lons - lon + 180) % 360 - 180
+    return np.asarray(np.hypot(lats - lat, around * np.cos(np.deg2rad(lat))))
+
+
+def _size(grid: Grid, land_cell: int) -> float:
+    """How large a land cell is, degrees: from its area, or where the data say none, how far the next is."""
+    if (grid.area != UNKNOWN_AREA).any():
+        return float(np.rad2deg(np.sqrt(grid.area[grid.mask][land_cell]) / EARTH_RADIUS_M))
+    lats, lons = grid.cell_coordinates()
+    others = _degrees_between(grid, lats[land_cell], lons[land_cell])
+    return float(others[others > 0].min()) if others.any() else _LONE_CELL
 
 
 def _run_tile(

@@ -10,6 +10,8 @@ from distributed import Client
 
 import h2mv_dist
 from h2mv_dist.errors import CheckpointError, ConfigError
+from h2mv_dist.grid import Grid, Tile
+from h2mv_dist.jobs import local
 from h2mv_dist.jobs.inference import submit_inference
 from h2mv_dist.jobs.records import JobFolder
 from tests.jobs.conftest import NO_OPTIONS, small_settings
@@ -113,3 +115,26 @@ def test_what_cannot_be_run_is_refused(world_url: str, job: str) -> None:
         h2mv_dist.run([], world_url, cells=[(10, 20)])
     with pytest.raises(AttributeError, match="walk"):
         h2mv_dist.walk  # noqa: B018
+
+
+def without_areas(*centres: tuple[float, float]) -> Grid:
+    lat, lon = np.array(centres).T
+    return Grid(("cell",), lat, lon, np.ones(len(centres), np.bool_), np.ones(len(centres)))
+
+
+@pytest.mark.parametrize(
+    ("centres", "inside", "outside"),
+    [
+        ([(50.0, 8.0), (50.0, 8.5), (51.0, 179.9)], (50.2, 7.9), (50.4, 7.9)),
+        ([(50.0, 8.0), (50.0, 8.0), (50.0, 8.5)], (50.2, 7.9), (50.4, 7.9)),
+        ([(50.0, 8.0)], (50.9, 8.0), (51.1, 8.0)),
+    ],
+    ids=["neighbours", "one centre twice", "alone"],
+)
+def test_cells_without_areas_are_as_large_as_they_are_apart(
+    centres: list[tuple[float, float]], inside: tuple[float, float], outside: tuple[float, float]
+) -> None:
+    grid = without_areas(*centres)
+    assert local._land_cell(grid, *inside) == Tile((0,), (1,))
+    with pytest.raises(ConfigError, match="no land cell is there"):
+        local._land_cell(grid, *outside)
