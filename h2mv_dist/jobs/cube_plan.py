@@ -416,10 +416,19 @@ def _references(
     if days is None and known:
         recorded = known["spinup_period"]
         return baseline, None if recorded == _NO_SPINUP else Period.parse(recorded)
+    return baseline, spinup_of(period, days, available, "inference.spinup_days")
+
+
+def spinup_of(period: Period, days: int | None, available: Period, setting: str) -> Period | None:
+    """Days run first: some from the start of the period on, all of it if left out, or none.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
     if days == 0:
-        return baseline, None
+        return None
     spinup = period if days is None else Period(period.start, as_date(period.first + days))
-    return baseline, _within(spinup, available, "inference.spinup_days")
+    return _within(spinup, available, setting)
 
 
 def tiles_sharing_no_chunk(planned: CubePlan) -> bool:

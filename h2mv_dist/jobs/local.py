@@ -13,6 +13,7 @@ from h2mv_dist.grid import EARTH_RADIUS_M, UNKNOWN_AREA, FloatArray, Grid, Perio
 from h2mv_dist.io.source import Source, open_source
 from h2mv_dist.io.stores import get_object
 from h2mv_dist.jobs.cluster import known_options
+from h2mv_dist.jobs.cube_plan import spinup_of
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.simulation import Days, TileSimulation, Values, constants_of
 from h2mv_dist.model.checkpoint import Checkpoint
@@ -133,8 +134,7 @@ def _days(available: Period, period: str | None, baseline: str | None, spinup_da
     for what, inner, outer in (("period", chosen, available), ("baseline", reference, chosen)):
         if not outer.contains(inner):
             raise ConfigError(f"{what} {inner} is not part of {outer}, the days there are")
-    length = chosen.n_days if spinup_days is None else spinup_days
-    spinup = next(iter(Period(chosen.start, available.stop).blocks(length))) if length else None
+    spinup = spinup_of(chosen, spinup_days, available, "spinup_days")
     return Days(period=chosen, block=BLOCK_DAYS, baseline=reference, spinup=spinup)
 
 

@@ -101,6 +101,7 @@ def test_box_or_cells_decide_the_axes_not_the_number_of_cells(
         ({"cells": [(0.0, -140.0)]}, r"no land cell is there(.|\n)*degrees away"),
         ({"cells": [(10, 20)], "outputs": ["runof"]}, "did you mean 'runoff'"),
         ({"cells": [(10, 20)], "period": "1999-01-01..2001-02-01"}, "is not part of"),
+        ({"cells": [(10, 20)], "spinup_days": 9999}, r"spinup_days: days are wanted that are not there"),
     ],
 )
 def test_wrong_places_are_explained(
