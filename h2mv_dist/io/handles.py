@@ -4,6 +4,7 @@ A handle gives [time, *space], [*space] or [*space, feature], float32; ``space``
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -111,7 +112,7 @@ class Handle:
         with explained(self.url, self.options):
             try:
                 values = lazy.to_numpy()
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, EOFError, zlib.error) as error:
                 raise StoreError(
                     describe(
                         "a chunk cannot be decoded",

@@ -1,14 +1,17 @@
 """Handles: any order of axes becomes ours; features have names."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from zarr.codecs import GzipCodec
 
-from h2mv_dist.config import DataSettings
-from h2mv_dist.errors import DataError
+from h2mv_dist.config import DataSettings, StorageOptions
+from h2mv_dist.errors import DataError, StoreError
 from h2mv_dist.grid import Period
 from h2mv_dist.io.handles import Beyond, Touched
 from h2mv_dist.io.source import open_source
@@ -76,3 +79,27 @@ def test_local_chunks_come_one_by_one(folder: Place, counting: Place) -> None:
     ours, zarrs = (open_cf(place, cf()).arrays.forcing[0].at_once for place in (folder, counting))
     assert zarrs == zarr.config.get("async.concurrency")
     assert ours == (1 if "://" not in folder.url else zarrs)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [lambda data: data[:-20], lambda data: data[:10] + b"\xff" + data[11:]],
+    ids=["cut off", "another byte"],
+)
+def test_damaged_gzip_is_explained(damaged: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    place, arrays = Place(str(tmp_path), StorageOptions()), cf()
+    rain = arrays.pop("precipitation")
+    write(place, arrays)
+    zarr.open_group(tmp_path).create_array(
+        "precipitation",
+        data=rain.values,
+        compressors=GzipCodec(),
+        dimension_names=rain.dims,
+        attributes=rain.attrs,
+    )
+    chunk = tmp_path / "precipitation" / "c" / "0" / "0" / "0"
+    chunk.write_bytes(damaged(chunk.read_bytes()))
+    data = DataSettings(url=place.url, layout="cf", static=("elevation", "clay"))
+    source = open_source(data, forcing=FORCING, targets=(), options=place.options)
+    with pytest.raises(StoreError, match=r"a chunk cannot be decoded(.|\n)*precipitation"):
+        read(source)
