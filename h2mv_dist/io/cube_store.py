@@ -33,7 +33,7 @@ from h2mv_dist.io.cube import (
     planned_arrays,
     root_attributes,
 )
-from h2mv_dist.io.ledger import ledger_url
+from h2mv_dist.io.ledger import ledger_url, other_spelling
 from h2mv_dist.io.snapshots import snapshots_url
 from h2mv_dist.io.stores import (
     ZarrArray,
@@ -67,13 +67,16 @@ def create_cube(url: str, layout: CubeLayout, options: StorageOptions, overwrite
     ``overwrite`` replaces a cube that holds something else, and its receipts; never anything but a cube.
 
     Raises:
-        StoreError: another cube, receipts without a cube, or something that is no cube is there.
+        StoreError: another cube, receipts without a cube, or something that is no cube is there, or a cube
+            whose name differs by .zarr only.
     """
     found = _existing(url, options)
     wanted = root_attributes(layout)
     differences = _differences(found.attributes, wanted) if found else ()
     if found and not differences and found.finished:
         return
+    if found is None:
+        _refuse_shared_receipts(url, options)
     if (found is None or differences) and overwrite:
         _clear(url, options, found)
     elif differences:
@@ -488,6 +491,23 @@ def _another_cube(url: str, differences: tuple[str, ...]) -> StoreError:
             fix="choose another path, or set inference.overwrite to replace it",
         )
     )
+
+
+def _refuse_shared_receipts(url: str, options: StorageOptions) -> None:
+    """Receipts and states of a cube beside this one would be taken for its own, or deleted with them."""
+    other = other_spelling(url)
+    root = get_versioned(_document(other, ""), options)
+    if root is not None and _parsed(root.data) is not None:
+        raise StoreError(
+            describe(
+                "a cube beside it has the same name but for .zarr, and would share its receipts; nothing was "
+                "touched",
+                where=displayed(url),
+                expected="a name of its own",
+                actual=f"{displayed(other)} has its receipts in {displayed(ledger_url(url))}",
+                fix="choose another path",
+            )
+        )
 
 
 def _refuse_orphaned_receipts(url: str, options: StorageOptions) -> None:

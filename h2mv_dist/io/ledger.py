@@ -234,3 +234,13 @@ def ledger_url(cube_url: str) -> str:
     's3://bucket/cube.ledger'
     """
     return cube_url.rstrip("/").removesuffix(".zarr") + ".ledger"
+
+
+def other_spelling(cube_url: str) -> str:
+    """The one other place whose cube would have the same receipts.
+
+    >>> other_spelling("s3://bucket/cube.zarr/"), other_spelling("s3://bucket/cube")
+    ('s3://bucket/cube', 's3://bucket/cube.zarr')
+    """
+    place = cube_url.rstrip("/")
+    return place.removesuffix(".zarr") if place.endswith(".zarr") else place + ".zarr"

@@ -22,7 +22,7 @@ from h2mv_dist.io.cube import FINGERPRINT, CubeLayout, Progress
 from h2mv_dist.io.cube_store import create_cube, publish, publish_further, read_cube
 from h2mv_dist.io.ledger import Ledger
 from h2mv_dist.io.sink import Sink
-from h2mv_dist.io.stores import delete_tree, join, open_store, put_object, swap_object
+from h2mv_dist.io.stores import delete_tree, join, list_objects, open_store, put_object, swap_object
 from h2mv_dist.spec import Float32Array
 from tests.io.cubes import DAILY, PERIOD, Case, CubePlace, fill, map_grid, map_layout, receipt, truth
 
@@ -108,6 +108,21 @@ def test_receipts_of_a_lost_cube_do_not_count_for_a_new_one(cube_place: CubePlac
     assert set(ledger.covered()) == {"0-4_0-8"}
     create_cube(cube_place.url, map_layout(), cube_place.options, overwrite=True)
     assert not ledger.covered()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("names", [("world", "world.zarr"), ("world.zarr", "world")])
+def test_cubes_whose_names_differ_by_their_ending_only_do_not_share_receipts(
+    cube_place: CubePlace, names: tuple[str, str], overwrite: bool
+) -> None:
+    one, other = (CubePlace(join(cube_place.url, name), cube_place.options) for name in names)
+    create_cube(one.url, map_layout(), one.options, overwrite=False)
+    ledger = Ledger(one.url, one.options)
+    ledger.record("0-4_0-8", PERIOD, receipt())
+    with pytest.raises(StoreError, match=r"same name but for \.zarr(.|\n)*choose another path"):
+        create_cube(other.url, map_layout(), other.options, overwrite=overwrite)
+    assert set(ledger.covered()) == {"0-4_0-8"}
+    assert not list_objects(other.url, other.options)
 
 
 class KilledError(Exception):
