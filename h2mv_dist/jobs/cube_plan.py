@@ -323,9 +323,11 @@ def _target(settings: Settings, source: Source, progress: Progress | None, appen
     if settings.inference.period is None:
         return progress.intended
     if wanted.stop > progress.intended.stop:
+        unfinished = "leave inference.period out, or end it there, to finish the cube first; then "
         raise ConfigError(
             f"inference.period goes on until {wanted.stop}, but the cube ends {progress.intended.stop}; "
-            "extend it with h2mv-dist infer --append, or make another one"
+            f"{'' if progress.complete else unfinished}extend it with h2mv-dist infer --append, or make "
+            "another one"
         )
     return Period(wanted.start, progress.intended.stop)
 

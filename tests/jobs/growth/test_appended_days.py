@@ -133,6 +133,19 @@ def test_a_period_that_appends_nothing_or_leaves_a_gap_is_refused(
         plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
 
 
+def test_a_cube_that_is_not_finished_is_finished_before_it_is_extended(
+    world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "begun.zarr")
+    begun = plan_inference(until(11, world_url, cache), job, NO_OPTIONS, cube=place)
+    create_cube(place, begun.layout, NO_OPTIONS, overwrite=False)
+    longer = until(14, world_url, cache, period=f"{FIRST}..2001-01-13")
+    with pytest.raises(ConfigError, match=r"ends 2001-01-11; leave inference\.period out(.|\n)*--append"):
+        plan_inference(longer, job, NO_OPTIONS, cube=place)
+    as_told = until(14, world_url, cache)
+    assert plan_inference(as_told, job, NO_OPTIONS, cube=place).layout.period == begun.layout.period
+
+
 def test_a_period_that_goes_on_is_appended(world_url: str, cache: Path, job: str, cube: Path) -> None:
     settings = until(14, world_url, cache, period=f"{FIRST}..2001-01-13")
     planned = plan_inference(settings, job, NO_OPTIONS, cube=str(cube), append=True)
