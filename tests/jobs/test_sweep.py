@@ -40,11 +40,32 @@ def test_values_from_a_command_line_are_typed() -> None:
         ({"learning_rat": [1]}, "did you mean 'learning_rate'"),
         ({"training.targets": [["runoff"]]}, "cannot be swept"),
         ({"lr": [-1.0]}, "learning_rate"),
+        ({"lr": []}, "sweep.values.lr(.|\n)*an empty list"),
+        ({"lr": [0.01], "learning_rate": [0.02]}, "swept twice(.|\n)*'lr' and 'learning_rate'"),
+        ({"training.learning_rate": [0.01], "lr": [0.02]}, "swept twice"),
+        ({"lr": [0.01, 0.02, 0.01]}, "the same(.|\n)*learning_rate=0.01 and learning_rate=0.01"),
+        (
+            {"lr": ["0.01", "1e-2"], "hidden": [8, 16]},
+            "the same(.|\n)*rate=0.01,hidden=8 and learning_rate=1e-2,hidden=8",
+        ),
     ],
 )
 def test_what_cannot_be_swept_is_refused(sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         variants(settings(values=sweep))
+
+
+def test_seeds_are_values_or_a_number() -> None:
+    with pytest.raises(ConfigError, match=r"swept twice(.|\n)*training.seed(.|\n)*'seed' and 'seeds'"):
+        variants(settings(values={"seed": [5, 7]}, seeds=3))
+    assert [v.settings.training.seed for v in variants(settings(values={"seed": [5, 7]}))] == [5, 7]
+
+
+def test_values_of_a_setting_that_is_given_again_are_added() -> None:
+    assert parse_sweep(["lr=0.005", "hidden=8", "lr=0.01,0.02"]) == {
+        "lr": ["0.005", "0.01", "0.02"],
+        "hidden": ["8"],
+    }
 
 
 @pytest.mark.parametrize("argument", ["lr", "lr=", "lr=1,,2"])
