@@ -211,9 +211,8 @@ def _folds(job: RecordedJob) -> list[dict[str, Any]]:
 
 
 def _fold(fold: RecordedFold) -> dict[str, Any]:
-    done, metrics = fold.record.done(), fold.record.metrics()
-    finished = done is not None and done["epoch"] == len(metrics)
-    state, latest = "done" if finished else "unfinished", metrics[-1] if metrics else {}
+    done, (epochs, latest) = fold.record.done(), fold.record.reached()
+    state = "done" if done is not None and done["epoch"] == epochs else "unfinished"
     return _unit(fold.name, state, fold.epochs, fold.record.state().attempt, latest)
 
 

@@ -177,11 +177,19 @@ class FoldRecord:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The numbers of all complete epochs, in order; of each epoch, those of its newest attempt."""
+        return _read_all(self._metrics_urls(), self.options)
+
+    def reached(self) -> tuple[int, dict[str, Any]]:
+        """How many epochs are complete, and the numbers of the last one, which alone are read."""
+        urls = self._metrics_urls()
+        latest = _read_all(urls[-1:], self.options)
+        return len(urls), latest[0] if latest else {}
+
+    def _metrics_urls(self) -> list[str]:
         folder, epochs = self.path("metrics"), self.state().epoch
         matches = map(_METRICS.fullmatch, stores.list_objects(folder, self.options))
         newest = {int(match[1]): match.string for match in matches if match is not None}
-        names = [stores.join(folder, newest[e]) for e in sorted(newest) if e <= epochs]
-        return _read_all(names, self.options)
+        return [stores.join(folder, newest[e]) for e in sorted(newest) if e <= epochs]
 
     def attempt(self, number: int) -> AttemptRecord:
         """What is kept of an attempt."""

@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 
 import h2mv_dist as hd
-from h2mv_dist.config import StorageOptions
+from h2mv_dist.config import StorageOptions, validate
 from h2mv_dist.io import stores
 from h2mv_dist.io.stores import join, put_object
 from h2mv_dist.jobs import recorded
 from h2mv_dist.jobs.messages import job_id
 from h2mv_dist.jobs.progress import progress_of
 from h2mv_dist.jobs.recorded import find_job, recorded_jobs
+from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.run_record import RunRecord
 from tests.conftest import Place
+from tests.io.counting import CountingFileSystem, counting_place, forget_reads
 from tests.io.cubes import CubePlace, fill_with_receipts, map_layout
 from tests.jobs.conftest import NO_OPTIONS
+from tests.jobs.test_records import write
 
 
 def record(kind: str, place: str, submitted: float = 0.0, options: StorageOptions = NO_OPTIONS) -> RunRecord:
@@ -79,6 +82,22 @@ def test_cubes_and_data_are_not_searched(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(recorded, "list_folder", list_folder)
     assert len(recorded_jobs(str(tmp_path), NO_OPTIONS)) == 1
     assert sorted(looked) == [str(tmp_path / name) for name in ("", "a", "b", "b/c")]
+
+
+def test_of_a_fold_only_the_last_epoch_is_read() -> None:
+    with counting_place() as place:
+        folder = JobFolder(place.url, place.options)
+        folder.create(validate({"training": {"folds": [0, 1]}, "data": {"url": "none"}}, where="test"))
+        writer = folder.fold(0).claim(2, "gang")
+        for epoch in (1, 2, 3):
+            write(writer, epoch)
+        writer.mark_done({"epoch": 3})
+        forget_reads()
+        begun, untouched = find_job(place.url, place.options).status()["units"]
+        read = [path for path in CountingFileSystem.reads if "/metrics/" in path]
+    assert [path.rpartition("/")[2] for path in read] == ["00003-002.json"]
+    assert (begun["state"], begun["attempt"], begun["latest"]["epoch"]) == ("done", 2, 3)
+    assert (untouched["state"], untouched["latest"]) == ("unfinished", {})
 
 
 def test_a_copied_folder_is_where_it_lies(tmp_path: Path) -> None:
