@@ -67,10 +67,8 @@ def _line(unit: Mapping[str, Any]) -> str:
         return f"{unit['name']}: waits, {reason}"
     if "epoch" not in latest:
         return _state_text(unit)
-    return (
-        f"{unit['name']}: {unit['state']}, epoch {latest['epoch']}, train {number(latest['train_loss'])}, "
-        f"validation {number(latest['valid_loss'])}, best {number(latest['best_loss'])}"
-    )
+    train, valid, best = (number(latest.get(name)) for name in ("train_loss", "valid_loss", "best_loss"))
+    return f"{_state_text(unit)}, epoch {latest['epoch']}, train {train}, validation {valid}, best {best}"
 
 
 def _fold_table(status: Mapping[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from h2mv_dist.display import table_of
+from h2mv_dist.display import _Lines, table_of
 from h2mv_dist.jobs.html import jobs_html
 from h2mv_dist.jobs.progress import progress_of
 
@@ -51,3 +51,16 @@ def test_tiles_under_way_are_named(status: dict[str, Any]) -> None:
             assert part in said
         assert "4-8_6-12" not in said, "it has not begun"
         assert "1 of 4" in said
+
+
+def test_a_fold_whose_loss_was_never_finite_has_no_best_one(status: dict[str, Any]) -> None:
+    """As its record tells, which leaves out what there is not."""
+    latest = {"epoch": 2, "train_loss": None, "valid_loss": None, "seconds": 1.5}
+    job = {**status, "id": "train-job", "units": [unit("fold-00", "unfinished", latest=latest, steps=9)]}
+    lines, table = io.StringIO(), io.StringIO()
+    _Lines(Console(file=lines, width=120))(job)
+    Console(file=table, width=120).print(table_of(job))
+    assert lines.getvalue() == "fold-00: unfinished, epoch 2, train -, validation -, best -\n"
+    for said in (table.getvalue(), jobs_html([job])):
+        assert "fold-00" in said
+        assert "1.5000" in said
