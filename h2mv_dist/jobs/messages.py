@@ -29,6 +29,8 @@ ID: Final = "^(train|infer|prepare|compact)-[0-9a-f]{8}$"
 """How a job's id looks."""
 _PAUSED: Final = ("full", "busy")
 """What is no better if tried again at once."""
+_OF_AN_ATTEMPT: Final = ("days", "of", "event", "reason")
+"""What the next attempt does not take over of the latest report: days are computed anew, epochs are not."""
 
 
 class Failure(NamedTuple):
@@ -167,8 +169,7 @@ class Unit:
         """Begin a new attempt on these workers."""
         self.attempt += 1
         self.state, self.workers, self.pause = "running", workers, 0.0
-        # days are computed anew, epochs are not
-        self.latest = {name: told for name, told in self.latest.items() if name not in ("days", "of")}
+        self.latest = {name: told for name, told in self.latest.items() if name not in _OF_AN_ATTEMPT}
 
     def end(self, failure: Failure, now: float) -> None:
         """Note a failed attempt: the unit waits for another one, unless that would be in vain.

@@ -17,6 +17,7 @@ from h2mv_dist.jobs.messages import (
     Job,
     Unit,
 )
+from h2mv_dist.jobs.progress import waits_for
 
 SEATS = st.lists(
     st.builds(lambda h, n: Seat(f"host{h}", str(n), f"host{h}:{n}"), st.integers(0, 3), st.integers(0, 9)),
@@ -111,6 +112,19 @@ def test_room_that_was_there_meanwhile_starts_the_wait_anew() -> None:
     fail(fold, "full", epoch=1)
     assert fail(fold, "full", epoch=2, now=2 * FULL_PATIENCE_SECONDS) == "queued"
     assert fold.pause == FIRST_PAUSE_SECONDS
+
+
+def test_what_an_attempt_waited_for_is_forgotten_with_it() -> None:
+    fold = unit()
+    job = Job("j", "", {}, (fold,))
+    fold.start(("w",))
+    job.report({"unit": fold.name, "event": "epoch", "epoch": 4})
+    job.report({"unit": fold.name, "event": "waiting", "reason": "the disk is full"})
+    assert waits_for(fold.status()) == "the disk is full"
+    fold.end(Failure("machine", "was ended by SIGKILL"), 0.0)
+    fold.start(("w",))
+    assert waits_for(fold.status()) == ""
+    assert fold.latest["epoch"] == 4
 
 
 def test_a_resumed_unit_goes_on_counting_attempts() -> None:
