@@ -193,7 +193,8 @@ class _Watch:
                 latest = event
             if event["event"] == "first step":
                 self.record["first_step"] = event["seconds_since_submit"]
-            if event["event"] in ("epoch", "waiting") and self.place.rank == 0:
+            # a fold that was done before tells its epochs at its end only
+            if event["event"] in ("epoch", "waiting", "done") and self.place.rank == 0:
                 report(self.message, **event)
         code = self.child.process.wait()
         if latest.get("event") in ("error", "preempted"):

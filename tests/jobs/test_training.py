@@ -19,6 +19,7 @@ from h2mv_dist.jobs import messages, tasks
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, cancel_jobs, submit
 from h2mv_dist.jobs.messages import Job, RankError, Unit, job_id
+from h2mv_dist.jobs.progress import progress_of
 from h2mv_dist.jobs.records import JobFolder
 from h2mv_dist.jobs.tasks import TOPIC, cancellation_check
 from h2mv_dist.jobs.training import submit_training
@@ -277,6 +278,8 @@ def test_records_hold_settings_that_read_back_and_no_storage_options(
     done = job.fold(0).done()
     assert done is not None
     assert done["epoch"] == 1
+    again = progress_of(submit_training(client, job.settings(), str(tmp_path), NO_OPTIONS).wait())
+    assert (again.done, again.total) == (1, 1), "it is as far as it was"
 
 
 @pytest.mark.slow
