@@ -13,12 +13,12 @@ from h2mv_dist.errors import H2mvError, StoreError
 
 UnitState = Literal["waiting", "queued", "running", "done", "failed", "cancelled"]
 TaskKind = Literal["fold", "summary", "tile", "finish", "prepare", "compact"]
-FailureKind = Literal["refused", "machine", "full", "busy", "failed", "peer", "preempted", "cancelled"]
+FailureKind = Literal["refused", "machine", "full", "busy", "failed", "preempted", "peer", "cancelled"]
 """Why an attempt ended early, the most telling first; only ``refused`` and ``cancelled`` are final.
 
 refused: our own checks said no, and would again. machine: a process, worker or device broke. full: a store or
 disk has no room. busy: a store failed, or memory is taken, which may be different later. failed: any other
-error. peer: a rank only noticed that another one was gone. preempted: the worker was asked to leave.
+error. preempted: the worker was asked to leave. peer: a rank only noticed that another one was gone.
 """
 
 FULL_PATIENCE_SECONDS: Final = 3600.0

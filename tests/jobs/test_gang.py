@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from h2mv_dist.jobs.gang import _SEVERITY
 from h2mv_dist.jobs.lease import QUARANTINE_AFTER, Health, Seat, choose_seats, choose_unit
 from h2mv_dist.jobs.messages import (
     FIRST_PAUSE_SECONDS,
@@ -85,6 +86,15 @@ def test_being_asked_to_leave_is_no_failure_and_a_refusal_is_final() -> None:
     fold = unit(attempts=1)
     assert [fail(fold, "preempted") for _ in range(5)] == ["queued"] * 5
     assert fail(fold, "refused") == "failed"
+
+
+def test_a_rank_that_had_to_leave_tells_more_than_those_it_left() -> None:
+    """They see a closed connection, which would count as a failure."""
+    kinds = sorted(("cancelled", "peer", "preempted", "machine"), key=_SEVERITY.index)
+    assert kinds == ["machine", "preempted", "peer", "cancelled"]
+    fold = unit(attempts=1)
+    assert fail(fold, "preempted") == "queued"
+    assert fail(fold, "peer") == "failed"
 
 
 def test_a_failing_store_is_given_more_time_with_every_failure() -> None:
