@@ -103,8 +103,11 @@ def _no_device_memory(error: BaseException) -> JobError:
 
 
 def _exit_when_orphaned() -> None:
-    """Standard input closes when the worker that supervises this rank is gone."""
+    """Standard input closes when the worker that supervises this rank is gone; what it started goes, too."""
     sys.stdin.read()
+    if os.getpgid(0) == os.getpid():
+        # compilers, which would go on for minutes
+        os.killpg(0, signal.SIGKILL)
     os._exit(ORPHANED)
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Final
 
 import psutil
@@ -125,12 +125,13 @@ class _Child:
         self.process, self.events = process, events
 
     def end(self) -> None:
-        """Wait for a process that is ending, or end it."""
-        try:
+        """Wait for a process that is ending, or end it; what it started, such as compilers, ends with it."""
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=GRACE_SECONDS if self.process.poll() is None else 0)
-        except subprocess.TimeoutExpired:
+        # nobody may be left
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
 
 @contextmanager

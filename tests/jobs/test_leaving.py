@@ -1,11 +1,15 @@
 """Asked to leave, a rank makes a checkpoint wherever it is; what comes of it is the same to the bit."""
 
 import gc
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +25,18 @@ from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
 from h2mv_dist.jobs.trainer import FoldRun, Ranks
 from h2mv_dist.model.registry import chosen_targets, model_kind
+from tests.faults.processes import is_alive
 from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.processes import wait_until
+
+COMPILING = """
+import subprocess
+print(subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL).pid, flush=True)
+"""
+ORPHANED = f"""{COMPILING}
+from h2mv_dist.jobs.rank import _exit_when_orphaned
+_exit_when_orphaned()
+"""
 
 
 @pytest.fixture
@@ -104,6 +119,38 @@ def test_a_worker_that_leaves_takes_no_rank() -> None:
     finally:
         leaving.clear()
     assert refused.value.failure.kind == "preempted", "another worker can have it, for free"
+
+
+@contextmanager
+def started(code: str) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """A process as ranks are started, and what it starts itself."""
+    pipe, command = subprocess.PIPE, (sys.executable, "-c", code)
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        assert process.stdout is not None
+        compiler = psutil.Process(int(process.stdout.readline()))
+        try:
+            yield process, compiler
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                compiler.kill()
+
+
+def test_what_a_rank_started_ends_with_it() -> None:
+    with started(COMPILING) as (rank, compiler):
+        rank.wait()
+        assert is_alive(compiler)
+        child = supervisor._Child(rank, -1)
+        child.end()
+        wait_until(lambda: not is_alive(compiler), "the end of what the rank started")
+        child.end()
+
+
+def test_what_a_rank_started_ends_with_its_worker() -> None:
+    with started(ORPHANED) as (rank, compiler):
+        assert rank.stdin is not None
+        rank.stdin.close()
+        rank.wait()
+        wait_until(lambda: not is_alive(compiler), "the end of what the rank started")
 
 
 def test_the_end_of_a_long_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
