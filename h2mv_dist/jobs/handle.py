@@ -17,6 +17,8 @@ from h2mv_dist.jobs.progress import summary_of
 from h2mv_dist.jobs.run_record import RunRecord
 
 POLL_SECONDS: Final = 0.5
+CANCELLED_PATIENCE_SECONDS: Final = 60.0
+"""How long a job that was cancelled may take to end, before it counts as one that runs."""
 _TOLD: Final = 3
 """Failed units whose own words an error holds."""
 _GO_ON: Final = (
@@ -87,9 +89,18 @@ def status_of(client: Client, job: str) -> dict[str, Any] | None:
 
 
 def running(client: Client, job: str) -> JobHandle | None:
-    """A handle on a job that is still running on the client's scheduler, if it is."""
-    status = status_of(client, job)
+    """A handle on a job that is still running on the client's scheduler, if it is.
+
+    One that was cancelled, by whomever, is waited for: its gangs take some seconds to end.
+    """
+    deadline = time.monotonic() + CANCELLED_PATIENCE_SECONDS
+    while _is_ending(status := status_of(client, job)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     return JobHandle(job, client) if status is not None and not status["finished"] else None
+
+
+def _is_ending(status: Mapping[str, Any] | None) -> bool:
+    return status is not None and status["cancelled"] and not status["finished"]
 
 
 def require_idle(client: Client, job: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from h2mv_dist.errors import ConfigError, DataError, JobError, StoreError
 from h2mv_dist.jobs import messages, tasks
 from h2mv_dist.jobs.cluster import scheduler_address
 from h2mv_dist.jobs.handle import JobHandle, cancel_jobs, submit
+from h2mv_dist.jobs.handle import running as running_job
 from h2mv_dist.jobs.messages import Job, RankError, Unit, job_id
 from h2mv_dist.jobs.progress import progress_of
 from h2mv_dist.jobs.records import JobFolder
@@ -259,6 +261,29 @@ def test_an_inference_is_cancelled_by_its_cube(client: Client) -> None:
     assert cancel_jobs(client, "/cube") == (name,)
     assert handle.status()["cancelled"]
     assert handle.status()["finished"]
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
+
+
+def test_a_job_that_was_cancelled_is_waited_for_before_it_goes_on(client: Client, tmp_path: Path) -> None:
+    place, free = str(tmp_path / "cube"), tmp_path / "free"
+    units = (Unit("too large for the cluster", "tile", {}, ranks=99),)
+    handle = submit(client, Job(job_id("infer", place), place, {"storage_options": {}}, units))
+    assert running_job(client, handle.id) == handle
+    seats = [worker for worker, threads in client.nthreads().items() for _ in range(threads)]
+    busy = [client.submit(_wait_for, free, workers=[seat], pure=False) for seat in seats]
+    wait_until(lambda: sum(map(len, client.processing().values())) == len(seats), "busy workers")
+    handle.cancel()
+    assert not handle.status()["finished"], "nobody has written it down"
+    later = Timer(0.5, free.touch)
+    later.start()
+    assert running_job(client, handle.id) is None
+    assert handle.status()["finished"]
+    later.join()
+    client.gather(busy)
 
 
 def _wait_for_an_epoch(handle: JobHandle) -> None:
