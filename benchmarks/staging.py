@@ -40,7 +40,7 @@ def main() -> None:
         staged = stage(source, Path(folder) / "cache")
         n_cells = len(staged.forcing)
         fold = make_folds(staged.grid, settings.folds)[0]
-        bank = CellBank.open(staged, fold, torch.device("cpu"))
+        bank = CellBank.open(staged, fold, torch.device("cpu"), step_bytes=0)
         train = fold.cells("train")
         rows, columns = np.nonzero(staged.grid.mask)
         order = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """From staged cells (numpy) to a Batch (torch) on a rank's device: where io and model meet.
 
-Cells are positions among the land cells. A fold's cells stay on the GPU if they leave room there for the
-training itself; else each batch is read from the host's memory maps.
+Cells are positions among the land cells. A fold's cells stay on the GPU if they leave room there for a step;
+else each batch is read from the host's memory maps.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ ReadRows = Callable[[Cells], Float32Array]
 
 TRAINING_ROLES: Final = ("train", "validation")
 RESIDENT_SHARE: Final = 0.5
-"""Of the GPU's free memory: what a fold's cells may take; the rest is for the graph of a batch."""
+"""Of the GPU's free memory: what a fold's cells may take at most, however little a step needs."""
 LOADED_AT_ONCE: Final = 256
 """Cells that are copied to the GPU together."""
 
@@ -124,9 +124,11 @@ class CellBank:
         self.steps = {n: model_steps(s.axis, first).to(device) for n, s in staged.targets.items()}
 
     @staticmethod
-    def open(staged: StagedCells, fold: Fold, device: torch.device) -> "CellBank":
-        """Keep the fold's cells on a GPU that has room for them."""
-        resident = device.type == "cuda" and fits(staged, fold, torch.cuda.mem_get_info(device)[0])
+    def open(staged: StagedCells, fold: Fold, device: torch.device, step_bytes: int) -> "CellBank":
+        """Keep the fold's cells on a GPU that has room for them beside a step, which needs ``step_bytes``."""
+        resident = device.type == "cuda" and fits(
+            staged, fold, torch.cuda.mem_get_info(device)[0], step_bytes
+        )
         return CellBank(staged, fold, device, resident=resident)
 
     def gather(self, role: str, cells: Cells) -> Batch:
@@ -149,12 +151,12 @@ def gather(staged: StagedCells, fold: Fold, role: str, cells: Cells) -> Batch:
     return CellBank(staged, fold, torch.device("cpu"), roles=(role,), resident=False).gather(role, cells)
 
 
-def fits(staged: StagedCells, fold: Fold, free_bytes: int) -> bool:
-    """Whether the cells a fold trains and validates on leave enough of a device's free memory."""
+def fits(staged: StagedCells, fold: Fold, free_bytes: int, step_bytes: int) -> bool:
+    """Whether the cells a fold trains and validates on leave enough of a device's free memory for a step."""
     series = [s.values for s in staged.targets.values()]
     size = _size([staged.forcing, staged.static], len(_cells_of(fold, TRAINING_ROLES)))
     size += sum(_size(series, len(fold.cells(role))) for role in TRAINING_ROLES)
-    return size <= RESIDENT_SHARE * free_bytes
+    return size <= min(RESIDENT_SHARE * free_bytes, free_bytes - step_bytes)
 
 
 def model_steps(axis: StepAxis, first_day: int) -> Steps:

@@ -106,6 +106,11 @@ def step_bytes(settings: Settings, n_cells: int, n_days: int, code_path: str, re
     return graph(n_days, recompute) + (graph(min(BLOCK_DAYS, n_days), False) if recompute else 0)
 
 
+def bytes_of_way(settings: Settings, n_cells: int, n_days: int, way: Way) -> int:
+    """As :func:`step_bytes`, in the way that was decided on."""
+    return step_bytes(settings, n_cells, n_days, COMPILED if way.compiled else EAGER, way.recompute)
+
+
 def must_recompute(
     settings: Settings, n_cells: int, n_days: int, code_path: str, everyone: Sequence[Facts]
 ) -> bool:
@@ -124,7 +129,7 @@ def require_step_memory(
     Raises:
         RankError: it does not at present.
     """
-    needed = step_bytes(settings, n_cells, n_days, COMPILED if way.compiled else EAGER, way.recompute)
+    needed = bytes_of_way(settings, n_cells, n_days, way)
     for rank, facts in enumerate(everyone):
         _check_memory(rank, facts, needed, everyone)
 

@@ -34,7 +34,7 @@ from h2mv_dist.jobs.decisions import Begun, decided, work_of
 from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
 from h2mv_dist.jobs.memory import give_back_freed_memory, set_apart_what_is_loaded
 from h2mv_dist.jobs.messages import Failure, Place, RankError, Share
-from h2mv_dist.jobs.preflight import Facts, agree, check_all_reduce, gather_facts
+from h2mv_dist.jobs.preflight import Facts, agree, bytes_of_way, check_all_reduce, gather_facts
 from h2mv_dist.jobs.probe import cell_days_a_second
 from h2mv_dist.jobs.records import FoldRecord, FoldWriter, JobFolder
 from h2mv_dist.model.base import Batch, ProcessModel
@@ -325,7 +325,8 @@ class FoldRun:
         torch.manual_seed(int(np.random.SeedSequence([self.training.seed, fold.index]).generate_state(1)[0]))
         self.model = new_model(settings.model, scaler).to(ranks.device)
         multiply_in(self.model, self.training.precision)
-        self.bank = CellBank.open(staged, fold, ranks.device)
+        needed = bytes_of_way(settings, len(fold.cells("train")), staged.period.n_days, way)
+        self.bank = CellBank.open(staged, fold, ranks.device, needed)
         self.loss = model_kind(settings.model.name).loss(scaler)
         self._prepare(way)
         self.objective = Objective(

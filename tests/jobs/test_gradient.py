@@ -425,19 +425,23 @@ def test_a_cell_that_is_not_on_the_device_is_refused(split: tuple[StagedCells, F
         CellBank(*split, CPU, resident=True).gather("train", np.array([1, 9]))
 
 
-def test_cells_stay_on_the_device_only_if_they_leave_half_of_it(split: tuple[StagedCells, Fold]) -> None:
+def test_cells_stay_on_the_device_only_if_they_leave_half_of_it_and_room_for_a_step(
+    split: tuple[StagedCells, Fold],
+) -> None:
     bank = CellBank(*split, CPU, resident=True)
     rows = [bank.forcing, bank.static, *(r for role in bank.targets.values() for r in role.values())]
     size = sum(r.table.nbytes for r in rows)  # type: ignore[attr-defined]
-    assert fits(*split, free_bytes=2 * size)
-    assert not fits(*split, free_bytes=2 * size - 2)
-    assert not CellBank.open(*split, CPU).resident
+    assert fits(*split, free_bytes=2 * size, step_bytes=size)
+    assert not fits(*split, free_bytes=2 * size - 2, step_bytes=0)
+    assert not fits(*split, free_bytes=2 * size, step_bytes=size + 1), "the step would find no room"
+    assert fits(*split, free_bytes=4 * size, step_bytes=3 * size)
+    assert not CellBank.open(*split, CPU, step_bytes=0).resident
 
 
 @pytest.mark.gpu
 def test_a_gpu_keeps_the_cells(split: tuple[StagedCells, Fold]) -> None:
     gpu = torch.device("cuda:0")
-    bank = CellBank.open(*split, gpu)
+    bank = CellBank.open(*split, gpu, step_bytes=0)
     assert bank.resident
     for cells in (np.array([3, 1]), np.array([], np.int64)):
         expected = CellBank(*split, CPU, resident=False).gather("train", cells)
