@@ -58,6 +58,15 @@ class SkippedStep(NamedTuple):
         return f"step {self.step} skipped: {self.reason} ({found})"
 
 
+def averaging(model: ProcessModel) -> DistributedDataParallel:
+    """A model whose way back averages gradients over ranks, one parameter after the other.
+
+    By default DDP sends several at a time, and after a process's first step arranges them anew: three ranks
+    that go on from a checkpoint would then add in another order than ranks that were never interrupted.
+    """
+    return DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=0)
+
+
 def global_loss(
     model: DistributedDataParallel | ProcessModel,
     loss: LossSum,

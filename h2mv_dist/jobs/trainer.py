@@ -31,7 +31,7 @@ from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.batches import CellBank, Cells
 from h2mv_dist.jobs.code_path import COMPILED, Way
 from h2mv_dist.jobs.decisions import Begun, decided, work_of
-from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep
+from h2mv_dist.jobs.gradient import Objective, Outcome, SkippedStep, averaging
 from h2mv_dist.jobs.memory import give_back_freed_memory, set_apart_what_is_loaded
 from h2mv_dist.jobs.messages import Failure, Place, RankError, Share
 from h2mv_dist.jobs.preflight import Facts, agree, bytes_of_way, check_all_reduce, gather_facts
@@ -371,7 +371,7 @@ class FoldRun:
         with beating(self.emit):
             if self.record.has_checkpoint("last"):
                 self._restore(self.record.read_checkpoint("last"))
-            distributed = DistributedDataParallel(self.model, forward_sync_buffers=False)
+            distributed = averaging(self.model)
             set_apart_what_is_loaded()
         while not self._finished():
             validated = self._validate() if self._train_epoch(distributed) else None
