@@ -216,10 +216,10 @@ class Coordinator(SchedulerPlugin):
         A gang larger than the whole cluster does not hold up the others; any other one does, or small gangs
         would keep a large one waiting for ever.
         """
-        waiting = []
+        waiting, everyone = [], self._seats()
         while self.queue:
             turn = self.queue.pop(0)
-            seats = self.health.usable(self._seats(), turn.unit.ranks)
+            seats = self.health.usable(everyone, turn.unit.ranks)
             chosen = choose_seats((s for s in seats if self._is_free(s)), turn.unit.ranks)
             # the last units are left to the workers that are free first
             if chosen is None and turn.unit.overlaps and len(self.queue) >= len(seats):
@@ -315,20 +315,28 @@ class Coordinator(SchedulerPlugin):
             self._keep(self._write_end(job))
 
     async def _write_end(self, job: Job) -> None:
-        """Try to; whatever becomes of it, nobody is kept waiting for the job any longer."""
+        """Try to; whoever waits for the job is not kept waiting for long where no worker is free for that."""
+        writing = asyncio.ensure_future(self._written_end(job))
         try:
-            await asyncio.wait_for(self._written_end(job), RECORDING_SECONDS)
-        except Exception as error:
-            _log.warning("the end of %s was not recorded: %s", job.id, str(error) or type(error).__name__)
-        finally:
+            await asyncio.wait({writing}, timeout=RECORDING_SECONDS)
             self.ending.discard(job.id)
+            if not writing.done():
+                _log.warning("the end of %s is recorded as soon as a worker is free", job.id)
+            if problem := await writing:
+                _log.warning("the end of %s was not recorded: %s", job.id, problem)
+        finally:
+            writing.cancel()
 
-    async def _written_end(self, job: Job) -> None:
+    async def _written_end(self, job: Job) -> str:
+        """Why it could not be written down; empty if it was."""
         record = {"scheduler": self.scheduler.address, **job.ending()}
         content = {"job": job.id, "unit": "record", "record": record}
         message = Message({**content, "storage_options": job.common["storage_options"]})
-        if problem := await self.client.submit(tasks.record_end, message, pure=False, retries=0):
-            _log.warning("the end of %s was not recorded: %s", job.id, problem)
+        try:
+            problem: str = await self.client.submit(tasks.record_end, message, pure=False, retries=0)
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return problem
 
     def _note(self, job: Job, unit: Unit, failed: _AttemptError) -> None:
         if failed.failure.kind == "machine" and failed.slot:

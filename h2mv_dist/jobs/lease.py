@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 QUARANTINE_AFTER: Final = 3
@@ -36,8 +37,14 @@ class Seat:
         >>> [s.name for s in sorted((Seat("a", n, "") for n in ("10", "9")), key=lambda s: s.position)]
         ['9', '10']
         """
-        parts = re.findall(r"\d+|\D+", self.name)
-        return self.host, tuple((int(p), "") if p.isdigit() else (-1, p) for p in parts), self.address
+        return self.host, _in_numeric_order(self.name), self.address
+
+
+@lru_cache(maxsize=2**16)
+def _in_numeric_order(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key of a name; a gang is chosen among all free seats, in a loop that all else waits for."""
+    parts = re.findall(r"\d+|\D+", name)
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
 
 
 def choose_seats(free: Iterable[Seat], n: int) -> tuple[Seat, ...] | None:

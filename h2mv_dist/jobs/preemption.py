@@ -19,11 +19,6 @@ from distributed.diagnostics.plugin import NannyPlugin, WorkerPlugin
 
 LEAVE_SECONDS: Final = 25.0
 """How long ranks may take to reach the end of a step and make a checkpoint."""
-leaving: Final = threading.Event()
-"""Set when this worker must go."""
-one_rank: Final = threading.Lock()
-"""Held while a rank of this worker is alive, so that there are never two."""
-
 RANK_MODULE: Final = "h2mv_dist.jobs.rank"
 """What a rank's process is started with."""
 
@@ -31,21 +26,36 @@ _CLOSING: Final = (Status.closing, Status.closing_gracefully, Status.closed, Sta
 
 
 class Preemption(WorkerPlugin):
-    """Asks the ranks of a worker to stop before the worker does."""
+    """Asks the ranks of a worker to stop before the worker does.
+
+    Attributes:
+        leaving: set when the worker must go.
+        one_rank: held while a rank of the worker is alive, so that there are never two.
+    """
 
     name = "h2mv-preemption"
     idempotent = True
+    leaving: threading.Event
+    one_rank: threading.Lock
+
+    @staticmethod
+    def of(worker: Worker) -> "Preemption":
+        """That of a worker; a process may hold several of them."""
+        plugin = worker.plugins[Preemption.name]
+        assert isinstance(plugin, Preemption)
+        return plugin
 
     def setup(self, worker: Worker) -> None:
         """Called once, on the worker's event loop."""
         self.worker = worker
+        self.leaving, self.one_rank = threading.Event(), threading.Lock()
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_signal)
 
     async def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         if worker.status in _CLOSING:
-            await _ranks_have_left()
+            await self._ranks_have_left()
 
     def _on_signal(self) -> None:
         # A paused worker finishes what it does, and is given nothing more. Dask pauses workers that are short
@@ -53,12 +63,19 @@ class Preemption(WorkerPlugin):
         if (manager := self.worker.memory_manager) is not None:
             manager.memory_pause_fraction = False
         self.worker.status = Status.paused
-        self.leaving = asyncio.ensure_future(self._leave())
+        self.on_its_way = asyncio.ensure_future(self._leave())
 
     async def _leave(self) -> None:
-        await _ranks_have_left()
+        await self._ranks_have_left()
         if self.worker.status not in _CLOSING:
             await self.worker.close_gracefully(reason="SIGTERM")
+
+    async def _ranks_have_left(self) -> None:
+        self.leaving.set()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        with contextlib.suppress(asyncio.CancelledError):
+            while self.one_rank.locked() and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
 
 
 class NannyPreemption(NannyPlugin):
@@ -83,11 +100,3 @@ def _has_ranks(worker: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return any(RANK_MODULE in child.cmdline() for child in psutil.Process(worker).children())
     return False
-
-
-async def _ranks_have_left() -> None:
-    leaving.set()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    with contextlib.suppress(asyncio.CancelledError):
-        while one_rank.locked() and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)

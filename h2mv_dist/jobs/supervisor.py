@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from h2mv_dist.config import StorageOptions
 from h2mv_dist.errors import StoreError, describe
 from h2mv_dist.jobs.memory import own_bytes
 from h2mv_dist.jobs.messages import Failure, Message, Place, RankError, Share, failure_of
-from h2mv_dist.jobs.preemption import RANK_MODULE, leaving, one_rank
+from h2mv_dist.jobs.preemption import RANK_MODULE, Preemption
 from h2mv_dist.jobs.records import AttemptRecord, JobFolder
 from h2mv_dist.jobs.tasks import cancellation_check, close_rendezvous, report, worker_host
 
@@ -60,16 +61,17 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
     """
     fold = JobFolder(message["folder"], StorageOptions(message["storage_options"])).fold(message["fold"])
     record = fold.attempt(place.attempt)
-    with one_rank, tempfile.TemporaryFile() as log:
+    own = Preemption.of(get_worker())
+    with own.one_rank, tempfile.TemporaryFile() as log:
         started = _who(place)
         failure: Failure | None = None
         key = (message["job"], message["unit"], place.attempt, place.rank)
         _logs[key] = log
         try:
-            _require_time()
+            _require_time(own.leaving)
             record.write_rank(place.rank, started)
             with _child(message, place, log) as child:
-                return _Watch(child, message, place, started).until_the_end()
+                return _Watch(child, message, place, started, own.leaving).until_the_end()
         except Exception as error:
             failure = failure_of(error)
             raise
@@ -79,7 +81,7 @@ def supervise_rank(message: Message, place: Place) -> dict[str, Any]:
             _keep(record, place.rank, started, failure, log)
 
 
-def _require_time() -> None:
+def _require_time(leaving: threading.Event) -> None:
     """Take no rank on a worker that is about to go.
 
     Raises:
@@ -174,8 +176,11 @@ class _Watch:
     one that was stopped has a pulse but no beat.
     """
 
-    def __init__(self, child: _Child, message: Message, place: Place, record: dict[str, Any]) -> None:
+    def __init__(
+        self, child: _Child, message: Message, place: Place, record: dict[str, Any], leaving: threading.Event
+    ) -> None:
         self.child, self.message, self.place, self.record = child, message, place, record
+        self.leaving = leaving
         self.stuck_seconds = float(message["settings"]["training"]["stuck_seconds"])
         self.alive = self.got_on = time.monotonic()
         self.begun = False
@@ -243,7 +248,7 @@ class _Watch:
         return Failure("peer", f"rank {self.place.rank} took no step {limit}; perhaps it waited for another")
 
     def _check_leaving(self) -> None:
-        if not leaving.is_set():
+        if not self.leaving.is_set():
             return
         if self.asked_to_leave is None:
             self.asked_to_leave = time.monotonic()

@@ -1,17 +1,18 @@
 """A tiny world and real Dask workers for the job tests."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trustme
-from distributed import Client
+from distributed import Client, LocalCluster, Worker
 
 from h2mv_dist.config import ClusterSettings, Settings, StorageOptions, TlsSettings, validate
 from h2mv_dist.errors import JobError
-from h2mv_dist.jobs.cluster import LOOPBACK, connect
+from h2mv_dist.jobs.cluster import LOOPBACK, connect, install
 from h2mv_dist.jobs.handle import submit
 from h2mv_dist.jobs.messages import Job, Unit
 from h2mv_dist.jobs.training import submit_training
@@ -72,6 +73,19 @@ def job(client: Client, world_url: str, cache: Path, tmp_path_factory: pytest.Te
     settings = training_settings(world_url, cache, training={"folds": [0, 1]})
     submit_training(client, settings, folder, NO_OPTIONS).wait()
     return folder
+
+
+@contextmanager
+def one_process(n_workers: int) -> Iterator[tuple[Client, list[Worker]]]:
+    """A scheduler and workers in this process, as notebooks may start them."""
+    with (
+        LocalCluster(
+            n_workers=n_workers, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as own,
+        Client(own) as client,
+    ):
+        install(client)
+        yield client, list(own.workers.values())
 
 
 def assert_runs_jobs(client: Client) -> None:

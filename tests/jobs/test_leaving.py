@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,6 @@ from h2mv_dist.io.source import open_source
 from h2mv_dist.jobs import supervisor
 from h2mv_dist.jobs.code_path import Way
 from h2mv_dist.jobs.messages import RankError
-from h2mv_dist.jobs.preemption import leaving
 from h2mv_dist.jobs.records import AttemptRecord, FoldRecord, JobFolder
 from h2mv_dist.jobs.trainer import FoldRun, Ranks
 from h2mv_dist.model.registry import chosen_targets, model_kind
@@ -112,12 +112,10 @@ def test_leaving_during_validation_keeps_the_epoch(
 
 
 def test_a_worker_that_leaves_takes_no_rank() -> None:
+    leaving = threading.Event()
     leaving.set()
-    try:
-        with pytest.raises(RankError) as refused:
-            supervisor._require_time()
-    finally:
-        leaving.clear()
+    with pytest.raises(RankError) as refused:
+        supervisor._require_time(leaving)
     assert refused.value.failure.kind == "preempted", "another worker can have it, for free"
 
 
