@@ -214,6 +214,26 @@ def gaps(covered: Sequence[Covered], wanted: Period) -> tuple[Period, ...]:
     return tuple(found)
 
 
+def cut_off(covered: Sequence[Covered], wanted: Period, shard_days: int) -> tuple[Covered, ...]:
+    """Receipts that end within a shard, which holds more days by now; nobody reads it yet.
+
+    That is where a cube ended whose last days were to be computed anew, before the forcing grew.
+
+    >>> days = [date(2001, 1, d) for d in (1, 11, 15, 31)]
+    >>> receipts = [Covered("t", Period(days[0], days[1]), 0), Covered("t", Period(days[1], days[2]), 1)]
+    >>> [one.key for one in cut_off(receipts, Period(days[0], days[3]), shard_days=10)]
+    ['t/2001-01-11..2001-01-15.v1.json']
+    """
+    ending = (one for one in covered if one.period.stop < wanted.stop)
+    return tuple(one for one in ending if (one.period.stop - wanted.start).days % shard_days)
+
+
+def unfilled(covered: Sequence[Covered], wanted: Period, shard_days: int) -> tuple[Period, ...]:
+    """The days that have to be computed: those of :func:`gaps`, and of shards that are written anew."""
+    left_out = cut_off(covered, wanted, shard_days)
+    return gaps([one for one in covered if one not in left_out], wanted)
+
+
 def ended_months(whole: Period, part: Period) -> tuple[Period, ...]:
     """Whole months of a cube that end in a part of its days, or of days it has not shown yet.
 

@@ -230,16 +230,15 @@ class CompactContext:
 
 
 _contexts: dict[str, CompactContext] = {}
-"""The copy this worker is busy with; one at most."""
+"""By run of a job, the copy this worker is busy with; one at most."""
 
 
 def _context(message: Message) -> CompactContext:
-    names = ("cube", "target", "period", "fingerprint", "rollbacks", "storage_options")
-    key = canonical_json([message[name] for name in names])
-    if key not in _contexts:
+    run = message["run"]
+    if run not in _contexts:
         _contexts.clear()
-        _contexts[key] = _opened(message)
-    return _contexts[key]
+        _contexts[run] = _opened(message)
+    return _contexts[run]
 
 
 def _opened(message: Message) -> CompactContext:

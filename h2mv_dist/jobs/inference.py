@@ -21,7 +21,7 @@ from h2mv_dist.grid import Period, Tile
 from h2mv_dist.io.cube import CubeLayout
 from h2mv_dist.io.cube_check import CubeCheck
 from h2mv_dist.io.cube_store import create_cube, publish, read_cube, require_cube
-from h2mv_dist.io.ledger import Ledger, gaps
+from h2mv_dist.io.ledger import Ledger, unfilled
 from h2mv_dist.io.stores import displayed
 from h2mv_dist.jobs.cluster import require_workers, smallest_memory
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_inference, tiles_sharing_no_chunk
@@ -113,7 +113,8 @@ def missing_days(planned: CubePlan, cube: str, options: StorageOptions) -> dict[
     """Tile -> the stretches of days without a receipt; without the tiles that are finished."""
     progress = planned.progress
     covered = Ledger(cube, options, progress.rollbacks).covered() if progress else {}
-    found = {tile: gaps(covered.get(tile.name, ()), planned.layout.period) for tile in planned.layout.tiles}
+    period, shard_days = planned.layout.period, planned.layout.shard_days
+    found = {tile: unfilled(covered.get(tile.name, ()), period, shard_days) for tile in planned.layout.tiles}
     return {tile: stretches for tile, stretches in found.items() if stretches}
 
 

@@ -259,6 +259,10 @@ class Job:
     run: str = ""
     submitted: float = 0.0
     cancelled: bool = False
+    _by_name: Mapping[str, Unit] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name = {unit.name: unit for unit in self.all_units()}
 
     def all_units(self) -> Iterator[Unit]:
         """The units, then the final one."""
@@ -285,13 +289,13 @@ class Job:
 
     def report(self, message: Mapping[str, Any]) -> None:
         """Keep the latest report of a unit."""
-        for unit in self.all_units():
-            if unit.name == message.get("unit"):
-                unit.latest = {**unit.latest, **message}
+        if (unit := self._by_name.get(message.get("unit", ""))) is not None:
+            unit.latest = {**unit.latest, **message}
 
     def task_message(self, unit: Unit) -> dict[str, Any]:
         """What a rank of the unit is given."""
-        return {"job": self.id, "unit": unit.name, "task": unit.task, **self.common, **unit.spec}
+        own = {"job": self.id, "run": self.run, "unit": unit.name, "task": unit.task}
+        return {**own, **self.common, **unit.spec}
 
     def message(self) -> dict[str, Any]:
         """What a client sends to the scheduler."""

@@ -15,7 +15,7 @@ import numpy as np
 from dask.utils import format_bytes
 from distributed import Client
 
-from h2mv_dist.config import Settings, StorageOptions, canonical_json, to_json, validate
+from h2mv_dist.config import Settings, StorageOptions, to_json, validate
 from h2mv_dist.errors import ConfigError, DataError, JobError, describe
 from h2mv_dist.grid import Period, as_date
 from h2mv_dist.io.daily import DailyInput, Series, open_daily
@@ -231,7 +231,7 @@ def _values(
 
 
 _contexts: dict[str, tuple[PreparePlan, PreparedStore]] = {}
-"""The plan and store this worker is busy with; one at most."""
+"""By run of a job, the plan and store this worker is busy with; one at most."""
 
 
 def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
@@ -240,8 +240,8 @@ def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
     Raises:
         JobError: the worker sees other data than the client did.
     """
-    key = canonical_json([message[name] for name in ("to", "fingerprint", "period", "settings")])
-    if key not in _contexts:
+    run = message["run"]
+    if run not in _contexts:
         options = StorageOptions(message["storage_options"])
         settings = validate(message["settings"], where="job")
         plan = _plan(settings, tuple(message["forcing"]), options)
@@ -258,8 +258,8 @@ def _context(message: Mapping[str, Any]) -> tuple[PreparePlan, PreparedStore]:
             )
         plan = _until(plan, period)
         _contexts.clear()
-        _contexts[key] = plan, PreparedStore(message["to"], plan.layout, options)
-    return _contexts[key]
+        _contexts[run] = plan, PreparedStore(message["to"], plan.layout, options)
+    return _contexts[run]
 
 
 def _require_receipts(plan: PreparePlan, store: PreparedStore) -> None:

@@ -20,12 +20,12 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from h2mv_dist.config import StorageOptions, canonical_json
+from h2mv_dist.config import StorageOptions
 from h2mv_dist.grid import Period, Tile, as_date
 from h2mv_dist.io.cube import Progress
 from h2mv_dist.io.cube_check import require_receipts
 from h2mv_dist.io.cube_store import publish_further, still_as_planned
-from h2mv_dist.io.ledger import Ledger, Receipt, gaps
+from h2mv_dist.io.ledger import Ledger, Receipt, cut_off, unfilled
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.snapshots import Snapshots
 from h2mv_dist.jobs.code_path import compiles_here
@@ -94,7 +94,7 @@ class TileContext:
 
 
 _contexts: dict[str, TileContext] = {}
-"""The context of the cube this worker is busy with; one at most."""
+"""By run of a job, the context of the cube this worker is busy with; one at most."""
 _opening: Final = threading.Lock()
 
 
@@ -116,18 +116,18 @@ def _tell(message: Message, days: int, of: int) -> None:
 
 
 def _context(message: Message) -> TileContext:
-    # not the job's name: a cube that is replaced keeps its name, but not its model
-    key = canonical_json([message[name] for name in ("cube", "provenance", "settings", "period", "progress")])
+    # not the job's name: another run may have another model, credentials or forcing
+    run = message["run"]
     with _opening:
-        if key not in _contexts:
+        if run not in _contexts:
             planned = plan_from_message(message)
             for other in _contexts.values():
                 other.be_left()
             _contexts.clear()
             options = StorageOptions(message["storage_options"])
-            _contexts[key] = open_context(planned, message["cube"], options)
+            _contexts[run] = open_context(planned, message["cube"], options)
             set_apart_what_is_loaded()
-        return _contexts[key]
+        return _contexts[run]
 
 
 def open_context(planned: CubePlan, cube: str, options: StorageOptions) -> TileContext:
@@ -220,7 +220,9 @@ def compute_tile(
         tell: called after each block with the days that are computed by now, and those there are to compute.
     """
     covered = context.ledger.covered(tile.name).get(tile.name, ())
-    missing = tuple(gaps(covered, context.plan.layout.period))
+    wanted, shard_days = context.plan.layout.period, context.plan.layout.shard_days
+    missing = unfilled(covered, wanted, shard_days)
+    context.ledger.forget(cut_off(covered, wanted, shard_days))
     if missing:
         _TileRun(context, tile, require_wanted, make_room, tell).fill(missing)
 

@@ -28,6 +28,7 @@ from h2mv_dist.io.cube_check import verify_cube
 from h2mv_dist.io.ledger import Ledger, ledger_url
 from h2mv_dist.io.sink import Sink
 from h2mv_dist.io.source import open_source
+from h2mv_dist.jobs import tiles
 from h2mv_dist.jobs.cube_plan import CubePlan, plan_from_message, plan_inference
 from h2mv_dist.jobs.handle import JobHandle
 from h2mv_dist.jobs.inference import (
@@ -45,7 +46,7 @@ from h2mv_dist.model.rollout import spin_up
 from h2mv_dist.variables import GROUPS
 from tests.faults.conftest import settings_file
 from tests.faults.processes import is_alive
-from tests.jobs.conftest import NO_OPTIONS, small_settings
+from tests.jobs.conftest import NO_OPTIONS, one_process, small_settings
 from tests.jobs.processes import START_SECONDS, process, wait_until
 
 
@@ -70,8 +71,8 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
     infer(client, settings, job, tmp_path / "cube.zarr")
     id_ = job_id("infer", str(tmp_path / "cube.zarr"))
     events = [e for _, e in client.get_events(TOPIC) if e["job"] == id_ and e.get("event") == "days"]
-    tiles = Ledger(str(tmp_path / "cube.zarr"), NO_OPTIONS).covered()
-    assert {e["unit"]: (e["days"], e["of"]) for e in events} == dict.fromkeys(tiles, (365, 365)), "in the end"
+    whole = dict.fromkeys(Ledger(str(tmp_path / "cube.zarr"), NO_OPTIONS).covered(), (365, 365))
+    assert {e["unit"]: (e["days"], e["of"]) for e in events} == whole, "in the end"
     with xr.open_zarr(tmp_path / "cube.zarr") as cube:
         land = cube["land_mask"].values.astype(bool)
         for name in ("runoff", "runoff_spread", "terrestrial_water_storage_anomaly"):
@@ -92,6 +93,26 @@ def test_the_cube_opens_with_plain_xarray_and_is_complete(
     assert found.residual < 1e-3
     receipts = list(ledger.receipts(found.sound))
     assert all(r.missing == 0 and r.residual is not None and r.residual < 1e-3 for r in receipts)
+
+
+def test_each_run_opens_anew_what_it_works_with(
+    world_url: str, cache: Path, job: str, tmp_path: Path
+) -> None:
+    """Its credentials may be new, and the forcing another one."""
+    days = {"period": "2001-01-01..2001-01-11"}
+    settings = small_settings(
+        world_url, cache, data=days, inference={"outputs": ["runoff"], "spinup_days": 5}
+    )
+    cube, opened = tmp_path / "cube.zarr", list[tiles.TileContext]()
+    with one_process(1) as (client, _):
+        for _ in range(2):
+            infer(client, settings, job, cube)
+            opened += tiles._contexts.values()
+            ledger = Ledger(str(cube), NO_OPTIONS)
+            ledger.forget(next(iter(ledger.covered().values())))
+    first, second = opened
+    assert first is not second
+    assert first.plan.layout.fingerprint == second.plan.layout.fingerprint
 
 
 @pytest.mark.slow

@@ -517,6 +517,7 @@ def test_input_chunks_that_are_cut_are_told(
 def test_other_data_on_a_worker_are_refused(world_url: str, tmp_path: Path) -> None:
     plan = plan_prepare(settings_of(world_url), NO_OPTIONS)
     content = {
+        "run": "0" * 8,
         "to": str(tmp_path),
         "forcing": plan.layout.forcing,
         "fingerprint": "0" * 16,

@@ -130,6 +130,21 @@ def test_interrupted_days_anew_go_on_to_the_same_end(
     assert (done.period.stop, done.until) == (date(2001, 1, 11), None)
 
 
+def test_days_appended_instead_begin_where_the_last_shard_does(
+    client: Client, world_url: str, cache: Path, job: str, ragged: Path
+) -> None:
+    """Computing anew was interrupted after a tile, and the forcing has grown since."""
+    settings = until(11, world_url, cache, **RAGGED)
+    roll_back(settings, job, ragged, date(2001, 1, 10))
+    planned = plan_inference(settings, job, NO_OPTIONS, cube=str(ragged), append=True)
+    compute_tile(open_context(planned, str(ragged), NO_OPTIONS), planned.layout.tiles[0])
+    infer(client, until(14, world_url, cache, **RAGGED), job, ragged, append=True)
+    assert read_cube(str(ragged), NO_OPTIONS).progress.period.stop == date(2001, 1, 13)
+    assert verify_cube(str(ragged), NO_OPTIONS).complete
+    with xr.open_zarr(ragged, chunks=None) as opened:
+        assert bool(opened["runoff"].notnull().any(("lat", "lon")).all())
+
+
 def test_what_cannot_be_computed_anew_is_not_rolled_back(
     client: Client, world_url: str, cache: Path, job: str, ragged: Path
 ) -> None:
