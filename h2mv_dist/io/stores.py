@@ -183,7 +183,9 @@ def list_objects(url: str, options: StorageOptions) -> tuple[str, ...]:
     Raises:
         StoreError: the store cannot be reached or read.
     """
-    return tuple(sorted(_found(url, options)))
+    with explained(url, options):
+        local = local_path(url)
+        return tuple(sorted(_names(local) if local is not None else _found_remote(url, options)))
 
 
 class Listing(NamedTuple):
@@ -497,14 +499,17 @@ def _found(url: str, options: StorageOptions) -> dict[str, str]:
 
 
 def _found_local(folder: Path) -> dict[str, str]:
-    files = {path: path.stat() for path in _walk(folder)}
-    return {path.relative_to(folder).as_posix(): f"{s.st_size}:{s.st_mtime_ns}" for path, s in files.items()}
+    files = {name: os.stat(folder / name) for name in _names(folder)}
+    return {name: f"{s.st_size}:{s.st_mtime_ns}" for name, s in files.items()}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith(_HIDDEN):
-            yield path
+def _names(folder: Path) -> Iterator[str]:
+    """Of all files below a folder; a ledger of years has so many that nothing else is asked of them."""
+    root = os.fspath(folder)
+    for at, _, files in os.walk(root):
+        within = os.path.relpath(at, root).replace(os.sep, "/")
+        prefix = "" if within == "." else f"{within}/"
+        yield from (prefix + name for name in files if not name.startswith(_HIDDEN))
 
 
 def _in_local(folder: Path) -> dict[str, bool]:
