@@ -222,19 +222,40 @@ def _refuse_stamps_of_other_days(found: Found, times: Times) -> None:
         return
     wrong = np.flatnonzero(begin_on_another_day(times, bounds))
     if wrong.size:
-        stamp, start, end = (
-            moment.astype("datetime64[m]")
-            for moment in (times.stamps[wrong[0]], *bounds[wrong[0]].astype("datetime64[s]"))
+        expected = "stamps on the day that their bounds begin"
+        fix = "run h2mv-dist prepare first, which goes by the bounds, or correct the stamps"
+        raise _misnamed(found, times, bounds, wrong, expected, fix)
+
+
+def _refuse_stamps_of_other_steps(found: Found, times: Times, frequency: Frequency) -> None:
+    """By the middle of each interval: observed months need not begin where the calendar's do."""
+    bounds = bounds_of(found, times)
+    if bounds is None:
+        return
+    noun, unit = ("day", "datetime64[D]") if frequency == "daily" else ("month", "datetime64[M]")
+    middles = (bounds.sum(axis=1) // 2).astype("datetime64[s]")
+    wrong = np.flatnonzero(middles.astype(unit) != times.stamps.astype(unit))
+    if wrong.size:
+        expected = f"stamps in the {noun} that the middle of their bounds is in"
+        raise _misnamed(found, times, bounds, wrong, expected, "correct the stamps, or the bounds")
+
+
+def _misnamed(
+    found: Found, times: Times, bounds: IntArray, wrong: IntArray, expected: str, fix: str
+) -> DataError:
+    stamp, start, end = (
+        moment.astype("datetime64[m]")
+        for moment in (times.stamps[wrong[0]], *bounds[wrong[0]].astype("datetime64[s]"))
+    )
+    return DataError(
+        describe(
+            "time stamps name other days than the bounds of the time axis",
+            where=found.where,
+            expected=expected,
+            actual=f"{stamp} for {start} to {end}; {wrong.size} such steps",
+            fix=fix,
         )
-        raise DataError(
-            describe(
-                "time stamps name other days than the bounds of the time axis",
-                where=found.where,
-                expected="stamps on the day that their bounds begin",
-                actual=f"{stamp} for {start} to {end}; {wrong.size} such steps",
-                fix="run h2mv-dist prepare first, which goes by the bounds, or correct the stamps",
-            )
-        )
+    )
 
 
 def _broken_days(found: Found, day: int, jump: int) -> DataError:
@@ -259,8 +280,8 @@ def target_steps(found: Found) -> tuple[Times, StepAxis]:
     """Time stamps of a target, and its steps: daily or monthly, gaps allowed.
 
     Raises:
-        DataError: steps are of another length, doubled or out of order, or the time coordinate cannot be
-            understood.
+        DataError: steps are of another length, doubled or out of order, CF bounds say that stamps name other
+            steps, or the time coordinate cannot be understood.
         StoreError: it cannot be read.
     """
     times = times_of(found)
@@ -275,6 +296,7 @@ def target_steps(found: Found) -> tuple[Times, StepAxis]:
     if wrong.any():
         at = int(np.argmax(wrong))
         raise _unsorted_steps(found, frequency, int(days[at]), int(days[at + 1]))
+    _refuse_stamps_of_other_steps(found, times, frequency)
     return times, StepAxis(days, frequency)
 
 

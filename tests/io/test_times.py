@@ -153,17 +153,19 @@ def test_forcing_without_a_common_day_is_refused(folder: Place) -> None:
         open_cf(folder, arrays, variables=rain)
 
 
-def target(days: NDArray[Any], units: str = "mm d-1") -> Arrays:
+def target(days: NDArray[Any], units: str = "mm d-1", bounds: NDArray[Any] | None = None) -> Arrays:
     """The CF data set and runoff with its own time axis."""
     values = field_of(9, days.size)
     own = {f"obs/{name}": stored for name, stored in axes(days).items()}
+    if bounds is not None:
+        own["obs/time"] = Stored(days, ("time",), {**DAYS, "bounds": "time_bnds"})
+        own["obs/time_bnds"] = Stored(bounds, ("time", "bnds"))
     return {**cf(), **own, "obs/runoff": Stored(values, ("time", "lat", "lon"), {"units": units})}
 
 
-def open_target(place: Place, days: NDArray[Any]) -> Source:
-    return open_cf(
-        place, target(days), targets=("runoff",), variables={"runoff": VariableSource(group="obs")}
-    )
+def open_target(place: Place, days: NDArray[Any], bounds: NDArray[Any] | None = None) -> Source:
+    variables = {"runoff": VariableSource(group="obs")}
+    return open_cf(place, target(days, bounds=bounds), targets=("runoff",), variables=variables)
 
 
 def test_months_are_stamped_anywhere_and_may_be_missing(folder: Place) -> None:
@@ -178,6 +180,28 @@ def test_months_are_stamped_anywhere_and_may_be_missing(folder: Place) -> None:
     np.testing.assert_array_equal(
         source.read_targets(whole(source))["runoff"], target(stamps)["obs/runoff"].values[2:4]
     )
+
+
+@pytest.mark.parametrize(
+    ("days", "bounds", "step"),
+    [
+        (np.array([1, 2, 3]), np.array([[0, 1], [1, 2], [2, 3]]), "day"),
+        # 1 February for January, 1 March for February
+        (np.array([17, 46]), np.array([[-14, 17], [17, 46]]), "month"),
+    ],
+    ids=["days", "months"],
+)
+def test_targets_stamped_at_the_end_of_their_bounds_are_refused(
+    folder: Place, days: NDArray[Any], bounds: NDArray[Any], step: str
+) -> None:
+    with pytest.raises(DataError, match=f"name other days(.|\n)*in the {step} (.|\n)*correct the stamps"):
+        open_target(folder, days, bounds)
+
+
+def test_an_observed_month_is_the_one_its_middle_is_in(folder: Place) -> None:
+    """From 28 January to 4 March, and from 5 March to 6 April."""
+    bounds = np.array([[13, 49], [50, 82]])
+    assert len(open_target(folder, np.array([30, 66]), bounds).targets["runoff"]) == 2
 
 
 def test_daily_targets_may_have_gaps_and_are_cut_to_the_forcing(folder: Place) -> None:
