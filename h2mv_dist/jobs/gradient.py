@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,12 +60,27 @@ class SkippedStep(NamedTuple):
 
 
 def averaging(model: ProcessModel) -> DistributedDataParallel:
-    """A model whose way back averages gradients over ranks, one parameter after the other.
+    """A model whose way back averages gradients over ranks, each parameter's by itself.
 
-    By default DDP sends several at a time, and after a process's first step arranges them anew: three ranks
-    that go on from a checkpoint would then add in another order than ranks that were never interrupted.
+    By default DDP sends several as one, and after a process's first step arranges them anew: three ranks that
+    go on from a checkpoint would then add in another order than ranks that were never interrupted.
     """
-    return DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=0)
+    distributed = DistributedDataParallel(model, forward_sync_buffers=False)
+    distributed.register_comm_hook(None, _averaged_by_itself)
+    return distributed
+
+
+def _averaged_by_itself(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    ranks = dist.get_world_size()
+    sums = [dist.all_reduce(slope.div_(ranks), async_op=True) for slope in bucket.gradients()]
+
+    def averaged(sent: torch.futures.Future[list[torch.futures.Future[list[Tensor]]]]) -> Tensor:
+        for each in sent.value():
+            # raises if another rank is gone
+            each.value()
+        return bucket.buffer()
+
+    return torch.futures.collect_all([each.get_future() for each in sums]).then(averaged)
 
 
 def global_loss(
